@@ -1,0 +1,78 @@
+"""Errors that cross a boundary: a stable code, a sentence, a remedy and fields.
+
+Permanent or transient is decided once, by the class that is raised, so that no caller has to guess whether a retry
+can help.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class CdpError(Exception):
+    """Base of every error that a person or a peer is shown.
+
+    ``code``        stable, kebab-case; part of the API.
+    ``transient``   True if the same request may succeed later without anybody changing anything.
+    ``http_status`` what the server answers when this error ends a request.
+    ``fields``      the values behind the sentence, JSON-serialisable.
+    """
+
+    code: ClassVar[str] = "error"
+    transient: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, sentence: str, *, remedy: str = "", **fields: Any) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.remedy = remedy
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return f"{self.sentence} {self.remedy}".rstrip()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON body that the server answers with, and that ``wire.raise_remote`` turns back into an error."""
+        return {"code": self.code, "sentence": self.sentence, "remedy": self.remedy, "fields": self.fields}
+
+
+class SegmentDamaged(CdpError):
+    """The bytes are not a valid segment: truncated, flipped, over a limit, or inconsistent in themselves."""
+
+    code = "segment-damaged"
+    http_status = 422
+
+
+class ForeignSegment(CdpError):
+    """A valid segment, but of another machine."""
+
+    code = "foreign-segment"
+    http_status = 422
+
+
+class PositionGap(CdpError):
+    """The segment starts later than the position it would have to follow."""
+
+    code = "position-gap"
+    http_status = 409
+
+
+class PositionFork(CdpError):
+    """Same place in the chain, other content: two histories of one machine."""
+
+    code = "position-fork"
+    http_status = 409
+
+
+class StaleGeneration(CdpError):
+    """The writer belongs to a generation that has ended; it is fenced."""
+
+    code = "stale-generation"
+    http_status = 409
+
+
+class UnknownGeneration(CdpError):
+    """The writer names a generation that has not been started."""
+
+    code = "unknown-generation"
+    http_status = 409
