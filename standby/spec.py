@@ -40,7 +40,7 @@ QuiesceMode = Literal["postgresql", "freeze", "hooks", "none"]
 configuration; ``none``: seal only (crash-consistent)."""
 
 
-class Probe(_Frozen):
+class Probe(_Frozen, frozen=True):
     """How the server finds out that a service answers, at every service address.
 
     ``tcp``: the port accepts; ``postgresql``: the server answers an SSLRequest; ``http``/``https``: any status below
@@ -69,7 +69,7 @@ class Probe(_Frozen):
         return f"{self.kind}:{self.port}{self.path if self.kind.startswith('http') else ''}"
 
 
-class Deadlines(_Frozen):
+class Deadlines(_Frozen, frozen=True):
     """Seconds that each phase of a takeover may take before it counts as failed. The defaults suit a machine without
     hardware virtualisation; they bound a failure, they do not slow a success."""
 
@@ -90,7 +90,7 @@ class Deadlines(_Frozen):
                 raise ValueError(f"deadline {name} = {value} is outside 0.1..3600 seconds")
 
 
-class SourceDomain(_Frozen):
+class SourceDomain(_Frozen, frozen=True):
     """The source is itself a libvirt domain that an unplanned takeover may destroy: the surest fence there is."""
 
     hypervisor: str
@@ -101,7 +101,7 @@ class SourceDomain(_Frozen):
             raise ValueError("a source domain needs a hypervisor URI and a domain name")
 
 
-class StandbySpec(_Frozen):
+class StandbySpec(_Frozen, frozen=True):
     """The target VM. ``management_address`` is what the PE and later the replicated system answer at, beside the
     service addresses; ``storage_dir`` is a directory on the hypervisor."""
 
@@ -132,7 +132,7 @@ class StandbySpec(_Frozen):
             raise ValueError(f"{self.machine_type!r} is not a machine type")
 
 
-class MachineSpec(_Frozen):
+class MachineSpec(_Frozen, frozen=True):
     """One protected machine. ``machine`` is its UUID; ``standby`` is None while it is only journalled."""
 
     machine: str
