@@ -33,7 +33,7 @@ from tests.journal.segments import MACHINE, encode_next, random_writes
 GENESIS = Position.genesis(MACHINE, 1, None)
 
 
-@given(seed=st.integers(0, 2**32), count=st.integers(0, 60), flags=st.sampled_from(list(Flags) + [Flags.NONE]))
+@given(seed=st.integers(0, 2**32), count=st.integers(0, 60), flags=st.sampled_from([*Flags, Flags.NONE]))
 @settings(max_examples=60, deadline=None)
 def test_round_trip(seed: int, count: int, flags: Flags) -> None:
     extents, payload = random_writes(random.Random(seed), 1 << 22, 2, count)
