@@ -7,6 +7,8 @@ peer (an agent or a PE) opens, in JSON frames:
     server -> peer     Call(id, verb, args)
     peer   -> server   Result(id, ok) or Failure(id, error)
 
+Every request but CA and JOIN carries the credential that joining gave, see ``authorization``.
+
 A verb is idempotent: the takeover controller may repeat a call after it was restarted, and gets the same answer.
 """
 
@@ -39,6 +41,12 @@ CURSOR = "/v1/machines/{machine}/cursors/{consumer}"
 """PUT (PE) {"position": POSITION} after its disk is durable at that position."""
 CONTROL = "/v1/control"
 """GET, websocket."""
+
+
+def authorization(credential: str, secret: str) -> dict[str, str]:
+    """The headers that prove who is asking: ``Authorization: Bearer CREDENTIAL.SECRET``."""
+    return {"Authorization": f"Bearer {credential}.{secret}"}
+
 
 GENESIS_IMAGE_SEQ = 1
 """``seq`` of the segments that IMAGE answers with; they are not part of any chain."""
