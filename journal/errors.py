@@ -76,3 +76,40 @@ class UnknownGeneration(CdpError):
 
     code = "unknown-generation"
     http_status = 409
+
+
+class Unauthorized(CdpError):
+    """No credential, or one that the server does not know (any more)."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(CdpError):
+    """A valid credential, but not for this."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class NotProtected(CdpError):
+    """The machine is known, but its protection has not been started: there is no generation to write to yet."""
+
+    code = "not-protected"
+    transient = True
+    http_status = 409
+
+
+class BadRequest(CdpError):
+    """The request itself makes no sense: a missing or malformed field, path or query argument."""
+
+    code = "bad-request"
+    http_status = 400
+
+
+class Unavailable(CdpError):
+    """The server cannot answer just now: it is shutting down or at a limit."""
+
+    code = "unavailable"
+    transient = True
+    http_status = 503
