@@ -38,7 +38,8 @@ IMAGE = "/v1/machines/{machine}/image"
 """GET ?at=POSITION&disk=&offset=&length= -> one segment (journal format, chained to nothing: ``previous`` is the
 digest of POSITION) whose extents hold that range of the disk at that position; holes are left out."""
 CURSOR = "/v1/machines/{machine}/cursors/{consumer}"
-"""PUT (PE) {"position": POSITION} after its disk is durable at that position."""
+"""PUT (PE) CursorBody after its disk is durable at that position; GET (PE) -> CursorBody, ``position`` None before the
+first PUT. A cursor at a genesis (``seq`` 0) says that the disks hold no known state: the standby seeds by comparing."""
 CONTROL = "/v1/control"
 """GET, websocket."""
 
@@ -98,6 +99,10 @@ class MachineState(Struct):
 class StoredAnswer(Struct):
     position: str
     duplicate: bool
+
+
+class CursorBody(Struct):
+    position: str | None
 
 
 class FeedEntry(Struct):
