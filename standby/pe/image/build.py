@@ -1,0 +1,160 @@
+"""Build the PE: a kernel and an initramfs of three layers, each cached by what it is made of.
+
+    layer          made from                         changes with            takes
+    debian-KEY     Debian packages, extracted        recipe.DebianRecipe     about 20 s, network
+    packages-KEY   installed Python distributions    their versions          seconds
+    code-KEY       init.sh, journal, standby         every edit              a blink
+
+The kernel unpacks concatenated archives one after the other, so a change of code only writes the last one anew. Every
+file appears under its final name only when it is complete, so a build that was killed leaves nothing half made; one
+lock keeps two builds of one cache apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from standby.pe.image import code
+from standby.pe.image.cpio import CpioWriter
+from standby.pe.image.debian import DebianLayer, fetch_packages, run
+from standby.pe.image.recipe import DEFAULT_MIRROR, KERNEL_ARGUMENTS, DebianRecipe, debian_key
+
+Progress = Callable[[str], None]
+"""Told what is being done, one short sentence at a time."""
+
+_COMPRESS_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True)
+class PeImage:
+    """A bootable PE. ``digest`` names its content; ``release`` is its kernel's; ``arguments`` are what it needs."""
+
+    kernel: Path
+    initrd: Path
+    release: str
+    digest: str
+    arguments: str = KERNEL_ARGUMENTS
+
+
+def default_cache_dir() -> Path:
+    """$CDP_CACHE_DIR, or ~/.cache/cdp-standby."""
+    return Path(os.environ.get("CDP_CACHE_DIR") or Path.home() / ".cache" / "cdp-standby")
+
+
+def build(
+    cache_dir: Path | None = None,
+    *,
+    mirror: str | None = None,
+    refresh: bool = False,
+    recipe: DebianRecipe | None = None,
+    progress: Progress = lambda _: None,
+) -> PeImage:
+    """Return the PE image for this code, building what the cache does not have.
+
+    ``refresh`` builds the distribution layer again, to pick up security updates. ``mirror`` defaults to
+    $CDP_DEBIAN_MIRROR or Debian's own. Raises ``ImageBuildFailed`` and ``ImageToolMissing``.
+    """
+    code.check_interpreter()
+    recipe = recipe or DebianRecipe()
+    mirror = mirror or os.environ.get("CDP_DEBIAN_MIRROR") or DEFAULT_MIRROR
+    directory = (cache_dir or default_cache_dir()) / "pe"
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        base, kernel, release = _debian_layer(directory, recipe, mirror, refresh, progress)
+        packages = directory / f"packages-{code.distributions_key()}.cpio.lz4"
+        if not packages.exists():
+            progress("packing the Python distributions")
+            _compressed(packages, code.write_distributions)
+        own = directory / f"code-{code.code_key()}.cpio.lz4"
+        if not own.exists():
+            progress("packing our own code")
+            _compressed(own, code.write_code)
+        layers = (base, packages, own)
+        digest = hashlib.sha256(" ".join(path.name for path in (kernel, *layers)).encode()).hexdigest()[:16]
+        initrd = directory / f"initrd-{digest}.img"
+        if refresh or not initrd.exists():
+            progress("joining the layers")
+            with _complete(initrd) as partial:
+                _join(layers, partial)
+        _forget_old(directory, keep={own.name, initrd.name})
+    return PeImage(kernel, initrd, release, digest)
+
+
+def _debian_layer(
+    directory: Path, recipe: DebianRecipe, mirror: str, refresh: bool, progress: Progress
+) -> tuple[Path, Path, str]:
+    key = debian_key(recipe)
+    layer = directory / f"debian-{key}.cpio.lz4"
+    kernel = directory / f"vmlinuz-{key}"
+    release = directory / f"release-{key}"
+    if refresh or not (layer.exists() and kernel.exists() and release.exists()):
+        with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as scratch:
+            packages = Path(scratch) / "packages.tar"
+            progress(f"fetching the packages of Debian {recipe.suite}")
+            fetch_packages(recipe, mirror, packages)
+            progress("thinning the distribution layer out")
+            raw, new_kernel = Path(scratch) / "layer.cpio", Path(scratch) / "vmlinuz"
+            name = DebianLayer(recipe, packages).write(raw, new_kernel)
+            progress("compressing the distribution layer")
+            with _complete(layer) as partial:
+                _compress(raw, partial)
+            new_kernel.rename(kernel)
+            with _complete(release) as partial:
+                partial.write_text(name)
+    return layer, kernel, release.read_text()
+
+
+def _compressed(out: Path, write: Callable[[CpioWriter], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=out.parent) as scratch:
+        raw = Path(scratch) / "layer.cpio"
+        with raw.open("wb") as file, CpioWriter(file) as cpio:
+            write(cpio)
+        with _complete(out) as partial:
+            _compress(raw, partial)
+
+
+def _compress(raw: Path, out: Path) -> None:
+    # The legacy format (-l) is the one that the kernel unpacks; it may be concatenated, but not padded.
+    run(["lz4", "-l", "-9", "-q", "-f", str(raw), str(out)], deadline_s=_COMPRESS_DEADLINE_S)
+
+
+def _join(layers: tuple[Path, ...], out: Path) -> None:
+    with out.open("wb") as whole:
+        for layer in layers:
+            with layer.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+
+
+def _forget_old(directory: Path, keep: set[str]) -> None:
+    """Every edit makes a code layer and an initrd; only the newest few are worth their room."""
+    for pattern in ("code-*.cpio.lz4", "initrd-*.img"):
+        old = sorted(directory.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)[4:]
+        for path in old:
+            if path.name not in keep:
+                path.unlink()
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes ``path`` when the block ends well."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,17 @@
+"""Why a PE image cannot be built."""
+
+from __future__ import annotations
+
+from journal.errors import CdpError
+
+
+class ImageBuildFailed(CdpError):
+    """A step of the build failed; the end of its output is in ``fields``."""
+
+    code = "pe-image-build-failed"
+
+
+class ImageToolMissing(CdpError):
+    """A program or a Python distribution that the build needs is not there."""
+
+    code = "pe-image-tool-missing"
