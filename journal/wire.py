@@ -38,8 +38,9 @@ IMAGE = "/v1/machines/{machine}/image"
 """GET ?at=POSITION&disk=&offset=&length= -> one segment (journal format, chained to nothing: ``previous`` is the
 digest of POSITION) whose extents hold that range of the disk at that position; holes are left out."""
 CURSOR = "/v1/machines/{machine}/cursors/{consumer}"
-"""PUT (PE) CursorBody after its disk is durable at that position; GET (PE) -> CursorBody, ``position`` None before the
-first PUT. A cursor at a genesis (``seq`` 0) says that the disks hold no known state: the standby seeds by comparing."""
+"""PUT (PE) CursorBody after its disk is durable at that position; GET (PE) -> CursorBody. ``position`` None, in both
+directions: the disks hold no known state (nothing was acknowledged yet, or a takeover is going to write to them), so
+that the standby has to seed by comparing."""
 CONTROL = "/v1/control"
 """GET, websocket."""
 

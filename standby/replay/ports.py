@@ -52,6 +52,10 @@ class Transport(Protocol):
         """Make ``position`` the durable cursor of this standby."""
         ...
 
+    async def forget(self) -> None:
+        """Remove the cursor: the disks are going to be written by somebody else."""
+        ...
+
 
 class Disk(Protocol):
     """One target disk. Blocking; the engine calls it through ``Offload``. Raises ``OSError``.
