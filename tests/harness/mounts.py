@@ -47,6 +47,10 @@ class MountNamespace:
     def run(self, argv: list[str], *, deadline_s: float = 60.0) -> str:
         return run([*self.prefix, *argv], deadline_s=deadline_s)
 
+    def read(self, path: Path) -> bytes:
+        """A file as the namespace sees it."""
+        return Path(f"/proc/{self._holder.pid}/root{path}").read_bytes()
+
     def mount(self, device: Path, target: Path, options: str = "") -> None:
         target.mkdir(parents=True, exist_ok=True)
         self.run(["mount", *(["-o", options] if options else []), str(device), str(target)])
