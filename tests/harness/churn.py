@@ -9,7 +9,6 @@ operations that had ended by then, but for the one under way. Runs on the standa
 
 from __future__ import annotations
 
-import bisect
 import fcntl
 import mmap
 import os
@@ -28,7 +27,7 @@ POOL_BYTES = 8 << 20
 WRITE_SIZES = (512, 1024, 4096, 4096, 4096, 8192, 8192, 12288, 16384, 65536, 131072, 1 << 20)
 SWEEP_BYTES = 256 << 10
 NOTE = struct.Struct("<QQ")
-"""Wall ns before and after an operation, one per operation in order."""
+"""Monotonic ns before and after an operation, one per operation in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,50 +71,12 @@ def operations(seed: int, mode: str, sizes: list[int]) -> Iterator[Operation]:
         number += 1
 
 
-class Model:
-    """The disks after the first ``done`` operations of a load, on top of what they held before it."""
-
-    def __init__(self, seed: int, mode: str, base: list[bytearray]) -> None:
-        self.disks = base
-        self.done = 0
-        self._operations = operations(seed, mode, [len(disk) for disk in base])
-        self._next = next(self._operations)
-
-    def advance(self, done: int) -> Operation:
-        """Apply until ``done`` operations are; returns the one that follows, which may be there in part."""
-        assert done >= self.done, "a model goes forward only"
-        while self.done < done:
-            operation = self._next
-            if operation.kind != "flush":
-                data = bytes(operation.length) if operation.payload is None else operation.payload
-                self.disks[operation.disk][operation.offset : operation.offset + operation.length] = data
-            self._next = next(self._operations)
-            self.done += 1
-        return self._next
-
-
-@dataclass(frozen=True, slots=True)
-class Notes:
-    began_ns: list[int]
-    ended_ns: list[int]
-
-    @classmethod
-    def read(cls, path: Path) -> Notes:
-        raw = path.read_bytes()
-        pairs = list(NOTE.iter_unpack(raw[: len(raw) // NOTE.size * NOTE.size]))
-        return cls([began for began, _ in pairs], [ended for _, ended in pairs])
-
-    def ended_before(self, sealed_at_ns: int) -> int:
-        """How many operations a state of that moment holds for sure; at most one more is there in part."""
-        return bisect.bisect_left(self.ended_ns, sealed_at_ns)
-
-
 def main(seed: int, ops_per_s: float, mode: str, notes: Path, devices: list[Path]) -> None:
     fds = [os.open(path, os.O_RDWR | os.O_DIRECT) for path in devices]
     started = time.monotonic()
     with notes.open("wb", buffering=0) as out:
         for operation in operations(seed, mode, [os.lseek(fd, 0, os.SEEK_END) for fd in fds]):
-            fd, began = fds[operation.disk], time.time_ns()
+            fd, began = fds[operation.disk], time.monotonic_ns()
             if operation.payload is not None:
                 assert os.pwritev(fd, [operation.payload], operation.offset) == operation.length
             elif operation.kind == "flush":
@@ -123,7 +84,7 @@ def main(seed: int, ops_per_s: float, mode: str, notes: Path, devices: list[Path
             else:
                 request = BLKZEROOUT if operation.kind == "zero" else BLKDISCARD
                 fcntl.ioctl(fd, request, struct.pack("<QQ", operation.offset, operation.length))
-            out.write(NOTE.pack(began, time.time_ns()))
+            out.write(NOTE.pack(began, time.monotonic_ns()))
             if ops_per_s:
                 # The pace is what this program is for.
                 time.sleep(max(0.0, started + operation.number / ops_per_s - time.monotonic()))

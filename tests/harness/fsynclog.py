@@ -2,8 +2,8 @@
 
     A:n written, fsynced ─► B:n written, fsynced ─► A:n+1 …          each completed fsync is noted off the disks
 
-An image pair of second T holds every record whose fsync had returned before T, none whose write began after T, and
-never B:n without A:n.
+An image pair of second T holds every record whose fsync had returned before T, none whose write began well after
+T, and never B:n without A:n. Times are of the monotonic clock that the agent seals by.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECORD = struct.Struct("<QQ108sI")
-"""Number, wall time in ns, filler, crc32 of all that precedes it."""
+"""Number, monotonic time in ns, filler, crc32 of all that precedes it."""
 NOTE = struct.Struct("<BQQQ")
-"""Side, number, wall ns before the write, wall ns after the fsync: one per completed fsync, in order."""
+"""Side, number, monotonic ns before the write and after the fsync: one per completed fsync, in order."""
 SIDES = ("A", "B")
 LOG_NAME = "fsync.log"
+FUTURE_SLACK_NS = 10**9
+"""A cut takes in a little that came after its clock reading; a second more would be another recovery point."""
 
 
 def record(number: int, now_ns: int) -> bytes:
@@ -41,10 +43,10 @@ def write(paths: list[Path], notes: Path) -> None:
         number = 0
         while True:
             for side, fd in enumerate(files):
-                began = time.time_ns()
+                began = time.monotonic_ns()
                 os.write(fd, record(number, began))
                 os.fsync(fd)
-                out.write(NOTE.pack(side, number, began, time.time_ns()))
+                out.write(NOTE.pack(side, number, began, time.monotonic_ns()))
             number += 1
 
 
@@ -76,7 +78,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """Per side, by number: when the write began and when its fsync had returned (wall ns)."""
+    """Per side, by number: when the write began and when its fsync had returned (monotonic ns)."""
 
     began_ns: tuple[list[int], list[int]]
     fsynced_ns: tuple[list[int], list[int]]
@@ -91,15 +93,17 @@ class Notes:
             notes.fsynced_ns[side].append(fsynced)
         return notes
 
-    def judge(self, logs: tuple[bytes, bytes], sealed_at_ns: int) -> Verdict:
-        """The logs as they were read from a pair recovered at the recovery point sealed at ``sealed_at_ns``."""
+    def judge(self, logs: tuple[bytes, bytes], sealed_ns: int) -> Verdict:
+        """The logs as they were read from a pair recovered at the recovery point sealed at ``sealed_ns``."""
         counts = (held(logs[0]), held(logs[1]))
         missing: list[tuple[str, int]] = []
         future: list[tuple[str, int]] = []
         for side, count in enumerate(counts):
             fsynced, began = self.fsynced_ns[side], self.began_ns[side]
-            missing += [(SIDES[side], n) for n in range(count, len(fsynced)) if fsynced[n] < sealed_at_ns]
-            future += [(SIDES[side], n) for n in range(min(count, len(began))) if began[n] > sealed_at_ns]
+            missing += [(SIDES[side], n) for n in range(count, len(fsynced)) if fsynced[n] < sealed_ns]
+            future += [
+                (SIDES[side], n) for n in range(min(count, len(began))) if began[n] > sealed_ns + FUTURE_SLACK_NS
+            ]
         skewed = tuple(range(counts[0], counts[1]))
         return Verdict(counts, tuple(missing[:20]), tuple(future[:20]), skewed[:20])
 

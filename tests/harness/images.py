@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 CHUNK_BYTES = 4 << 20
 SECTOR_BYTES = 512
 RANGES_SHOWN_MAX = 16
+
+Bits = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def differences(one: Path, other: Path, exempt: Iterable[tuple[int, int]] = ()) 
                 wrong = np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8)
                 for offset, end in skipped:
                     wrong[max(offset - at, 0) : max(end - at, 0)] = False
-                found += _runs(wrong, at)
+                found += [Difference(at + run.offset, run.length) for run in ranges_of(sectors_of(wrong))]
             at += len(a)
     return _merged(found)[:RANGES_SHOWN_MAX]
 
@@ -54,11 +57,16 @@ def assert_equal(one: Path, other: Path, what: str, exempt: Iterable[tuple[int, 
     assert not found, f"{what}: {one} and {other} differ first at {shown}"
 
 
-def _runs(wrong: np.ndarray[tuple[int], np.dtype[np.bool_]], base: int) -> list[Difference]:
-    sectors = np.logical_or.reduceat(wrong, np.arange(0, len(wrong), SECTOR_BYTES))
+def sectors_of(wrong: Bits) -> Bits:
+    """Per byte -> per sector; the length is whole sectors."""
+    return np.logical_or.reduce(wrong.reshape(-1, SECTOR_BYTES), axis=1, dtype=np.bool_)
+
+
+def ranges_of(sectors: Bits) -> list[Difference]:
+    """The runs of set sectors."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], sectors, [False])).astype(np.int8)))
     return [
-        Difference(base + int(start) * SECTOR_BYTES, int(end - start) * SECTOR_BYTES)
+        Difference(int(start) * SECTOR_BYTES, int(end - start) * SECTOR_BYTES)
         for start, end in zip(edges[::2], edges[1::2], strict=True)
     ]
 

@@ -1,0 +1,113 @@
+"""A database machine with data and WAL on two disks: the end is equal bit for bit, and any second is a state that a
+power cut could have left. A skewed pair and a fuzzy image fail the same check, so the check can fail."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import time
+from pathlib import Path
+
+import pytest
+
+from journal.position import Position
+from tests.harness import fsynclog, images
+from tests.harness.database import DatabaseLoad, check_pair
+from tests.harness.filesystem import FileSystem, ImageUnsound
+from tests.harness.loop import drop_caches
+from tests.harness.plant import Plant
+from tests.harness.process import ProgramFailed
+from tests.harness.wait import wait_until
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(420)]
+
+LOAD_S = 60
+WRITES_MIN = 20_000
+SECONDS = 30
+SECONDS_WITH_POSTGRES = 5
+DISK_BYTES = 384 << 20
+SKEW_NS = 3_000_000_000
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_any_second_of_a_database_is_a_state_that_the_disks_had(kind: FileSystem) -> None:
+    seed = int(os.environ.get("CDP_SEED") or secrets.randbits(32))
+    print(f"CDP_SEED={seed}")
+    rng = random.Random(seed)
+    with Plant(sizes=(DISK_BYTES, DISK_BYTES)) as plant:
+        devices = (plant.disks[0].device, plant.disks[1].device)
+        with DatabaseLoad(kind, devices, plant.namespace, plant.work_dir, plant.log_dir) as load:
+            # The load runs before the protection does: the seed is that of a live machine.
+            plant.start_all()
+            first = plant.wait_recovery_point()
+            before = plant.writes()
+            began_ns = plant.sealed_ns(first)
+            wait_until(lambda: time.monotonic_ns() - began_ns > LOAD_S * 10**9, LOAD_S + 30, "the load")
+            load.check_running()
+            writes = plant.writes() - before
+            load.finish()
+        last = plant.settle()
+        plant.wait_applied(last)
+        assert writes >= WRITES_MIN, f"only {writes} writes"
+        for disk in plant.disks:
+            drop_caches(disk.device)
+        recovered = [plant.recover(last, disk.index) for disk in plant.infos]
+        for index, (disk, image) in enumerate(zip(plant.disks, recovered, strict=True)):
+            images.assert_equal(disk.device, image, f"recovered disk {index}")
+            images.assert_equal(disk.device, plant.targets[index].device, f"standby disk {index}")
+        notes = fsynclog.Notes.read(load.notes)
+        ended_ns = notes.fsynced_ns[1][-1]
+
+        moments = sorted(rng.randrange(began_ns, ended_ns) for _ in range(SECONDS))
+        with_postgres = set(rng.sample(range(SECONDS), SECONDS_WITH_POSTGRES))
+        for number, moment in enumerate(moments):
+            verdict = _check(plant, kind, plant.position_at(moment), notes, postgres=number in with_postgres)
+            assert verdict.right, f"second {moment}: {verdict}"
+        print(f"{kind}: {writes} writes, {len(notes.fsynced_ns[0])} fsyncs a disk, {SECONDS} seconds right")
+        _controls(plant, kind, rng.randrange(began_ns + SKEW_NS + 10**9, ended_ns - 10**10), notes)
+
+
+def _check(plant: Plant, kind: FileSystem, at: Position, notes: fsynclog.Notes, *, postgres: bool) -> fsynclog.Verdict:
+    pair = (plant.recover(at, 0), plant.recover(at, 1))
+    return _check_images(plant, kind, pair, plant.sealed_ns(at), notes, postgres=postgres)
+
+
+def _check_images(
+    plant: Plant,
+    kind: FileSystem,
+    pair: tuple[Path, Path],
+    sealed_ns: int,
+    notes: fsynclog.Notes,
+    *,
+    postgres: bool = False,
+) -> fsynclog.Verdict:
+    try:
+        return check_pair(
+            kind, pair, sealed_ns, notes, plant.namespace, plant.work_dir, plant.log_dir, postgres=postgres
+        )
+    finally:
+        for image in pair:
+            image.unlink()
+
+
+def _controls(plant: Plant, kind: FileSystem, moment: int, notes: fsynclog.Notes) -> None:
+    """The same check on pairs that are wrong."""
+    at, earlier = plant.position_at(moment), plant.position_at(moment - SKEW_NS)
+    sealed_ns = plant.sealed_ns(at)
+
+    skewed = _check_images(plant, kind, (plant.recover(earlier, 0), plant.recover(at, 1)), sealed_ns, notes)
+    assert skewed.skewed, "a pair three seconds apart passed as one moment"
+    assert skewed.missing
+
+    fuzzy = (plant.recover(at, 0), plant.recover(at, 1))
+    # Half of each disk as it is ten seconds later and more: what a copy without capture is.
+    for disk, image in zip(plant.disks, fuzzy, strict=True):
+        with disk.device.open("rb") as live, image.open("r+b") as file:
+            file.write(live.read(disk.size_bytes // 2))
+    try:
+        verdict = _check_images(plant, kind, fuzzy, sealed_ns, notes, postgres=True)
+    except (ImageUnsound, ProgramFailed, AssertionError) as error:
+        print(f"the fuzzy pair is unsound: {str(error).splitlines()[0]}")
+    else:
+        assert not verdict.right, "a fuzzy pair passed as one moment"
