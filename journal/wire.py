@@ -85,7 +85,9 @@ class JoinAnswer(Struct):
 
 # --- data -------------------------------------------------------------------------------------------------------------
 class MachineState(Struct):
-    """Where a writer has to continue. ``tip`` is the last stored position of the live generation."""
+    """Where a writer has to continue. ``tip`` is the last stored position of the live generation.
+
+    ``service_addresses``: what the live generation's side may hold, with prefixes; a fenced agent gives them up."""
 
     machine: str
     name: str
@@ -95,6 +97,7 @@ class MachineState(Struct):
     fuzzy: bool
     fenced: bool
     disks: list[DiskInfo]
+    service_addresses: list[str] = []
 
 
 class StoredAnswer(Struct):
