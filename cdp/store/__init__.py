@@ -44,3 +44,8 @@ Synchronous and thread-safe; a server calls it from worker threads. One process 
 Errors are in ``cdp.store.errors`` and ``journal.errors``. How the store survives a crash at each step is told in
 ``docs/durability.md``.
 """
+
+from cdp.store.records import Bookmark, Cursor, FuzzyInterval, Generation, History, Machine, RecoveryPoint, Usage
+from cdp.store.store import Store
+
+__all__ = ["Bookmark", "Cursor", "FuzzyInterval", "Generation", "History", "Machine", "RecoveryPoint", "Store", "Usage"]

@@ -1,0 +1,108 @@
+"""Taking in segments: verify, write, sync, acknowledge.
+
+put_segment              crash here means
+──────────────────────   ──────────────────────────────────────────────────────────
+digests, chain, disks    nothing has happened
+record written           a torn tail at most; cut off at start
+fdatasync                durable: found by the scan at start, though nobody was told
+acknowledged             found by the scan at start
+index committed          in the index
+"""
+
+from __future__ import annotations
+
+import uuid
+
+import numpy as np
+
+from cdp.store.errors import StoreFull, UnknownDisk
+from cdp.store.index import disk_error
+from cdp.store.machines import Machines
+from cdp.store.record import pack_record, record_bytes
+from cdp.store.records import Entry, Machine
+from cdp.store.state import MachineState
+from journal.chain import Verdict, check_machine, judge
+from journal.decoder import Segment, decode
+from journal.extent import Extents
+from journal.position import Position
+
+
+class Ingest(Machines):
+    def put_segment(self, machine: uuid.UUID, raw: bytes | bytearray | memoryview) -> tuple[Position, bool]:
+        """Store one encoded segment; durable on return. Returns its position and whether it had been stored before.
+
+        Raises ``SegmentDamaged``, ``ForeignSegment``, ``PositionGap``, ``PositionFork``, ``StaleGeneration``,
+        ``UnknownGeneration``, ``UnknownDisk``, ``StoreFull``, ``StoreFailed``, ``UnknownMachine``; the store is
+        unchanged then.
+        """
+        state = self.state(machine)
+        segment = decode(raw)
+        check_machine(segment.header, machine)
+        with state.writing:
+            self.state(machine)  # it may have been removed meanwhile
+            if judge(segment.header, state.tip, lambda seq: self._digest_at(state, seq)) is Verdict.DUPLICATE:
+                return segment.header.position, True
+            _check_extents(state.machine, segment.extents)
+            self.check_accepting()
+            entry = self._append(state, segment)
+            with state.lock:
+                state.end += entry.record_bytes
+                state.file_segments += 1
+                state.pending[entry.header.seq] = entry
+                state.tip, state.tip_entry = entry.header.position, entry
+                if entry.header.is_recovery_point:
+                    state.recovery_point = state.tip
+                state.check()
+        self.added_pending()
+        return segment.header.position, False
+
+    def _append(self, state: MachineState, segment: Segment) -> Entry:
+        """Write the record behind the last one and sync it; counts only once the caller has moved ``end``."""
+        header = segment.header
+        length = record_bytes(header.segment_bytes, header.frame_count)
+        if state.file is None or state.end + length > state.file.size_bytes:
+            self.roll_file(state, length)
+        assert state.file is not None
+        try:
+            self.files.write(state.handle, pack_record(segment, state.file.tag, state.end), state.end)
+            self.files.sync(state.handle)
+        except OSError as error:
+            failure = disk_error(error, "a segment")
+            if isinstance(failure, StoreFull):
+                failure.fields["segment_bytes"] = header.segment_bytes
+            raise failure from error
+        return Entry(header, state.file.number, state.end, length)
+
+    def _digest_at(self, state: MachineState, seq: int) -> bytes | None:
+        entry = self.entry(state, state.tip.generation, seq)
+        if entry is not None:
+            return entry.header.digest
+        base = state.base
+        if base is not None and (base.target_position.generation, base.target_position.seq) == (
+            state.tip.generation,
+            seq,
+        ):
+            return base.target_position.digest
+        return None
+
+
+def _check_extents(machine: Machine, extents: Extents) -> None:
+    """Every extent lies on a disk that the machine has."""
+    for index in np.unique(extents.disks).tolist():
+        disk = machine.disk(index)
+        if disk is None:
+            raise UnknownDisk(
+                f"The segment writes to disk {index}, which machine {machine.name!r} does not have.",
+                remedy="Restart the agent, so that it reports the machine's disks.",
+                disk=index,
+            )
+        mine = extents.disks == index
+        end = int((extents.offsets[mine] + extents.lengths[mine]).max())
+        if end > disk.size_bytes:
+            raise UnknownDisk(
+                f"The segment writes up to byte {end} of disk {index} ({disk.name}), which has {disk.size_bytes}.",
+                remedy="The disk may have grown: restart the agent, so that it reports the new size.",
+                disk=index,
+                end=end,
+                size_bytes=disk.size_bytes,
+            )

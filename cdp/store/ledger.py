@@ -1,0 +1,178 @@
+"""Small durable facts: cursors, bookmarks, takeover records, credentials, tokens, settings, the audit log."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Final
+
+from cdp.store.errors import BookmarkExists, UnknownBookmark
+from cdp.store.history import Reading
+from cdp.store.index import Index
+from cdp.store.machines import unknown_position
+from cdp.store.records import AuditEntry, Bookmark, Cursor
+from journal.position import Position
+
+NAME_BYTES_MAX: Final = 200
+VALUE_BYTES_MAX: Final = 1 << 20
+"""A row that is larger than this is not a record but data, and belongs elsewhere."""
+AUDIT_ENTRIES_MAX: Final = 100_000
+"""The oldest entries go first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of bytes by name; each change is durable on return. Secrets are put in hashed, by the caller."""
+
+    index: Index
+    name: str
+
+    def put(self, key: str, value: bytes) -> None:
+        if len(value) > VALUE_BYTES_MAX:
+            raise ValueError(f"a row of {self.name} has at most {VALUE_BYTES_MAX} bytes, not {len(value)}")
+        with self.index.write() as txn:
+            txn.put("rows", self._key(key), value)
+
+    def get(self, key: str) -> bytes | None:
+        with self.index.read() as txn:
+            return txn.get("rows", self._key(key))
+
+    def take(self, key: str) -> bytes | None:
+        """Get and delete in one step: of several callers at once, one gets the row and the others None."""
+        with self.index.write() as txn:
+            value = txn.get("rows", self._key(key))
+            if value is not None:
+                txn.delete("rows", self._key(key))
+        return value
+
+    def delete(self, key: str) -> bool:
+        with self.index.write() as txn:
+            return txn.delete("rows", self._key(key))
+
+    def items(self) -> dict[str, bytes]:
+        prefix = self.name.encode() + b"\0"
+        with self.index.read() as txn:
+            return {key[len(prefix) :].decode(): value for key, value in txn.scan("rows", prefix, prefix)}
+
+    def _key(self, key: str) -> bytes:
+        return self.name.encode() + b"\0" + _name(key)
+
+
+class Ledger(Reading):
+    @property
+    def takeovers(self) -> Table:
+        return Table(self.index, "takeovers")
+
+    @property
+    def credentials(self) -> Table:
+        return Table(self.index, "credentials")
+
+    @property
+    def tokens(self) -> Table:
+        return Table(self.index, "tokens")
+
+    @property
+    def settings(self) -> Table:
+        """Whatever the server keeps per machine or for itself, such as machine specifications."""
+        return Table(self.index, "settings")
+
+    def save_takeover(self, takeover: str, record: bytes) -> None:
+        self.takeovers.put(takeover, record)
+
+    def load_takeovers(self) -> dict[str, bytes]:
+        return self.takeovers.items()
+
+    def remove_takeover(self, takeover: str) -> None:
+        self.takeovers.delete(takeover)
+
+    def set_cursor(self, machine: uuid.UUID, consumer: str, position: Position) -> None:
+        """Durable on return. Raises ``UnknownPosition`` for one that is not stored."""
+        state = self.state(machine)
+        if not self.is_stored(state, position):
+            raise unknown_position(machine, position)
+        row = Cursor(consumer=consumer, position=str(position), set_at_ns=self.clock_ns())
+        with self.index.write() as txn:
+            txn.put_row("cursors", machine.bytes + _name(consumer), row)
+
+    def cursor(self, machine: uuid.UUID, consumer: str) -> Position | None:
+        with self.index.read() as txn:
+            row = txn.get_row("cursors", machine.bytes + _name(consumer), Cursor)
+        return None if row is None else Position.parse(row.position)
+
+    def cursors(self, machine: uuid.UUID) -> list[Cursor]:
+        with self.index.read() as txn:
+            return list(txn.rows("cursors", machine.bytes, Cursor))
+
+    def remove_cursor(self, machine: uuid.UUID, consumer: str) -> bool:
+        """The consumer is gone: retention need not wait for it any more."""
+        with self.index.write() as txn:
+            return txn.delete("cursors", machine.bytes + _name(consumer))
+
+    def add_bookmark(
+        self, machine: uuid.UUID, name: str, position: Position, note: str = "", *, consistent: bool = False
+    ) -> Bookmark:
+        """Name a recovery point. Raises ``BookmarkExists``, ``UnknownPosition``."""
+        header = self.header(machine, position)
+        if not header.is_recovery_point:
+            raise unknown_position(machine, position)
+        row = Bookmark(
+            name=name,
+            position=str(position),
+            sealed_at_ns=header.sealed_at_ns,
+            created_at_ns=self.clock_ns(),
+            note=note,
+            consistent=consistent,
+        )
+        key = machine.bytes + _name(name)
+        with self.index.write() as txn:
+            if txn.get("bookmarks", key) is not None:
+                raise BookmarkExists(
+                    f"There is a bookmark {name!r} already.",
+                    remedy="Choose another name, or remove it first.",
+                    name=name,
+                )
+            txn.put_row("bookmarks", key, row)
+        return row
+
+    def bookmark(self, machine: uuid.UUID, name: str) -> Bookmark:
+        with self.index.read() as txn:
+            row = txn.get_row("bookmarks", machine.bytes + _name(name), Bookmark)
+        if row is None:
+            raise UnknownBookmark(f"There is no bookmark {name!r}.", remedy="'cdp points' lists them.", name=name)
+        return row
+
+    def bookmarks(self, machine: uuid.UUID) -> list[Bookmark]:
+        """By name."""
+        with self.index.read() as txn:
+            return list(txn.rows("bookmarks", machine.bytes, Bookmark))
+
+    def remove_bookmark(self, machine: uuid.UUID, name: str) -> None:
+        with self.index.write() as txn:
+            if not txn.delete("bookmarks", machine.bytes + _name(name)):
+                raise UnknownBookmark(f"There is no bookmark {name!r}.", remedy="'cdp points' lists them.", name=name)
+
+    def audit(self, actor: str, action: str, subject: str, details: dict[str, str] | None = None) -> AuditEntry:
+        """Who did what to whom; durable on return."""
+        with self.index.write() as txn:
+            last = next((key for key, _ in txn.scan_back("audit", b"\xff" * 9, b"")), None)
+            number = 1 if last is None else int.from_bytes(last, "big") + 1
+            entry = AuditEntry(
+                number=number, at_ns=self.clock_ns(), actor=actor, action=action, subject=subject, details=details or {}
+            )
+            txn.put_row("audit", number.to_bytes(8, "big"), entry)
+            if number > AUDIT_ENTRIES_MAX:
+                txn.delete("audit", (number - AUDIT_ENTRIES_MAX).to_bytes(8, "big"))
+        return entry
+
+    def audit_log(self, limit: int = 1000) -> list[AuditEntry]:
+        """The newest first."""
+        with self.index.read() as txn:
+            rows = txn.rows_back("audit", b"\xff" * 9, b"", AuditEntry)
+            return [entry for entry, _ in zip(rows, range(limit), strict=False)]
+
+
+def _name(name: str) -> bytes:
+    raw = name.encode()
+    if not 1 <= len(raw) <= NAME_BYTES_MAX or not name.isprintable():
+        raise ValueError(f"a name has 1 to {NAME_BYTES_MAX} printable bytes")
+    return raw

@@ -1,0 +1,83 @@
+"""The writing end of one machine, and the shape of its history.
+
+Invariants, checked by ``MachineState.check``:
+
+1. ``tip`` is the genesis of the live generation or the last segment of it that is durable.
+2. ``pending`` holds exactly the durable segments that the index does not know yet: a gapless run that ends at ``tip``.
+3. ``end`` is past every durable record of the current file, and a multiple of ``ALIGN_BYTES``.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Final
+
+from cdp.store.record import ALIGN_BYTES
+from cdp.store.records import Base, Entry, Generation, Machine, SegmentFile, Span
+from journal.position import SEQ_MAX, Position
+
+_WHOLE: Final = SEQ_MAX
+"""``last`` of a span that takes all of a generation."""
+
+
+@dataclass(slots=True, eq=False)
+class MachineState:
+    """``writing`` is held by whoever changes the history, over slow writes and syncs; ``lock`` is held for the short
+    moments in which the fields change or several of them are read together."""
+
+    machine: Machine
+    generations: dict[int, Generation]
+    tip: Position
+    base: Base | None
+    writing: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    tip_entry: Entry | None = None
+    recovery_point: Position | None = None
+    file: SegmentFile | None = None
+    handle: int = -1
+    end: int = 0
+    file_segments: int = 0
+    pending: dict[int, Entry] = field(default_factory=dict)
+    lost_after: Position | None = None
+    """Set at start if acknowledged segments that followed it have rotted."""
+
+    @property
+    def live(self) -> Generation:
+        return self.generations[self.tip.generation]
+
+    def lineage(self, position: Position | None = None) -> list[Span]:
+        """The spans that lead to ``position`` (default: the tip), the oldest first. Starts at all-zero disks."""
+        spans = []
+        at: Position | None = self.tip if position is None else position
+        while at is not None:
+            spans.append(Span(at.generation, 1, at.seq))
+            at = self.generations[at.generation].parent_position
+        return spans[::-1]
+
+    def timeline(self) -> list[Span]:
+        """The live lineage, and before it the lineages that a new seed has ended."""
+        spans = self.lineage()
+        while (before := spans[0].generation - 1) in self.generations:
+            spans = self.lineage(Position(before, _WHOLE, bytes(32))) + spans
+        return spans
+
+    def held(self, spans: list[Span]) -> list[Span]:
+        """``spans`` without what retention has folded, if the base image is part of them."""
+        if self.base is None:
+            return spans
+        target = self.base.target_position
+        for number, span in enumerate(spans):
+            if target in span:
+                return [Span(span.generation, target.seq + 1, span.last), *spans[number + 1 :]]
+        return spans
+
+    def is_base(self, position: Position) -> bool:
+        return self.base is not None and self.base.target == str(position)
+
+    def check(self) -> None:
+        assert self.end % ALIGN_BYTES == 0
+        assert self.tip.generation == max(self.generations)
+        if self.pending:
+            assert next(reversed(self.pending)) == self.tip.seq
+            assert len(self.pending) == self.tip.seq - next(iter(self.pending)) + 1

@@ -1,0 +1,69 @@
+"""The store as callers see it: ``Store.open`` and the layers that it is made of.
+
+``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Ledger`` ← ``Store``: each layer uses only those before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from cdp.store.core import FILE_BYTES, FLUSH_INTERVAL_S, MAP_BYTES, SPARES_MAX
+from cdp.store.files import Files, OsFiles
+from cdp.store.ledger import Ledger
+
+
+class Store(Ledger):
+    @classmethod
+    def open(
+        cls,
+        directory: Path | str,
+        *,
+        file_bytes: int = FILE_BYTES,
+        map_bytes: int = MAP_BYTES,
+        spares_max: int = SPARES_MAX,
+        flush_interval_s: float = FLUSH_INTERVAL_S,
+        fs: Files | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> Store:
+        """Open the store, making an empty one of an empty directory.
+
+        ``file_bytes``: preallocated segment files; ``map_bytes``: most that the index may grow to; ``spares_max``:
+        emptied files kept for reuse; ``flush_interval_s``: how long an acknowledged segment may miss in the index.
+        Raises ``StoreLocked``, ``StoreFormatUnknown``, ``StoreFailed``, ``IndexDamaged``.
+        """
+        store = cls(
+            Path(directory),
+            file_bytes=file_bytes,
+            map_bytes=map_bytes,
+            spares_max=spares_max,
+            flush_interval_s=flush_interval_s,
+            files=fs or OsFiles(),
+            clock_ns=clock_ns,
+        )
+        try:
+            store._after_open()
+        except BaseException:
+            store.abandon()
+            raise
+        return store
+
+    def _after_open(self) -> None:
+        """Finish what a crash interrupted."""
+        for state in list(self._states.values()):
+            machine = state.machine
+            if machine.removing:
+                self.finish_removal(machine.uuid)
+            elif state.lost_after is not None:
+                details = {"last_good": str(state.lost_after)}
+                self.audit("store", "acknowledged segments found damaged at start", str(machine.uuid), details)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
