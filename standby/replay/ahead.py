@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable
 from types import TracebackType
 from typing import Final
 
@@ -21,10 +20,6 @@ always fetched, whatever its size."""
 _SEGMENTS_MAX: Final = 8
 
 Raw = bytes | bytearray | memoryview
-
-
-async def _fetch(request: Awaitable[Raw]) -> Raw:
-    return await request
 
 
 class Ahead:
@@ -47,7 +42,7 @@ class Ahead:
 
     async def take(self, entry: FeedEntry) -> Raw:
         if not self._started or self._started[0][0] is not entry:
-            return await self._transport.segment(Position.parse(entry.position))
+            return await self._fetch(entry)
         _, task = self._started.popleft()
         try:
             raw = await task
@@ -66,5 +61,7 @@ class Ahead:
                 break
             self._to_start.popleft()
             ahead_bytes += entry.segment_bytes
-            request = self._transport.segment(Position.parse(entry.position))
-            self._started.append((entry, asyncio.create_task(_fetch(request))))
+            self._started.append((entry, asyncio.create_task(self._fetch(entry))))
+
+    async def _fetch(self, entry: FeedEntry) -> Raw:
+        return await self._transport.segment(Position.parse(entry.position))

@@ -40,7 +40,7 @@ class HttpTransport:
     """One machine's history on the server at ``server`` (``https://host:port``)."""
 
     def __init__(
-        self, server: str, ca_pem: str, machine: uuid.UUID, consumer: str, credential: str, secret: str
+        self, server: str, ca_pem: str, machine: uuid.UUID, *, consumer: str, credential: str, secret: str
     ) -> None:
         self._base = server.rstrip("/")
         self._names = {"machine": str(machine), "consumer": consumer}
