@@ -12,19 +12,19 @@ lock keeps two builds of one cache apart.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from standby.pe.image import code
+from standby.pe.image.cache import complete, default_cache_dir, forget_old, locked, used
 from standby.pe.image.cpio import CpioWriter
-from standby.pe.image.debian import DebianLayer, fetch_packages, run
+from standby.pe.image.debian import DebianLayer, fetch_packages
+from standby.pe.image.program import run
 from standby.pe.image.recipe import DEFAULT_MIRROR, KERNEL_ARGUMENTS, DebianRecipe, debian_key
 
 Progress = Callable[[str], None]
@@ -42,11 +42,6 @@ class PeImage:
     release: str
     digest: str
     arguments: str = KERNEL_ARGUMENTS
-
-
-def default_cache_dir() -> Path:
-    """$CDP_CACHE_DIR, or ~/.cache/cdp-standby."""
-    return Path(os.environ.get("CDP_CACHE_DIR") or Path.home() / ".cache" / "cdp-standby")
 
 
 def build(
@@ -67,7 +62,7 @@ def build(
     mirror = mirror or os.environ.get("CDP_DEBIAN_MIRROR") or DEFAULT_MIRROR
     directory = (cache_dir or default_cache_dir()) / "pe"
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with locked(directory):
         base, kernel, release = _debian_layer(directory, recipe, mirror, refresh, progress)
         packages = directory / f"packages-{code.distributions_key()}.cpio.lz4"
         if not packages.exists():
@@ -82,9 +77,12 @@ def build(
         initrd = directory / f"initrd-{digest}.img"
         if refresh or not initrd.exists():
             progress("joining the layers")
-            with _complete(initrd) as partial:
+            with complete(initrd) as partial:
                 _join(layers, partial)
-        _forget_old(directory, keep={own.name, initrd.name})
+        for path in (*layers, kernel, initrd, directory / f"release-{debian_key(recipe)}"):
+            used(path)
+        for pattern in ("code-*", "initrd-*", "packages-*", "debian-*", "vmlinuz-*", "release-*"):
+            forget_old(directory, pattern, keep=4)
     return PeImage(kernel, initrd, release, digest)
 
 
@@ -104,10 +102,10 @@ def _debian_layer(
             raw, new_kernel = Path(scratch) / "layer.cpio", Path(scratch) / "vmlinuz"
             name = DebianLayer(recipe, packages).write(raw, new_kernel)
             progress("compressing the distribution layer")
-            with _complete(layer) as partial:
+            with complete(layer) as partial:
                 _compress(raw, partial)
             new_kernel.rename(kernel)
-            with _complete(release) as partial:
+            with complete(release) as partial:
                 partial.write_text(name)
     return layer, kernel, release.read_text()
 
@@ -117,7 +115,7 @@ def _compressed(out: Path, write: Callable[[CpioWriter], None]) -> None:
         raw = Path(scratch) / "layer.cpio"
         with raw.open("wb") as file, CpioWriter(file) as cpio:
             write(cpio)
-        with _complete(out) as partial:
+        with complete(out) as partial:
             _compress(raw, partial)
 
 
@@ -131,30 +129,3 @@ def _join(layers: tuple[Path, ...], out: Path) -> None:
         for layer in layers:
             with layer.open("rb") as part:
                 shutil.copyfileobj(part, whole)
-
-
-def _forget_old(directory: Path, keep: set[str]) -> None:
-    """Every edit makes a code layer and an initrd; only the newest few are worth their room."""
-    for pattern in ("code-*.cpio.lz4", "initrd-*.img"):
-        old = sorted(directory.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)[4:]
-        for path in old:
-            if path.name not in keep:
-                path.unlink()
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` when the block ends well."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -12,8 +12,6 @@ from __future__ import annotations
 import io
 import posixpath
 import re
-import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterable
@@ -21,7 +19,8 @@ from pathlib import Path
 
 from standby.pe.image.bytecode import add_bytecode
 from standby.pe.image.cpio import CpioWriter
-from standby.pe.image.errors import ImageBuildFailed, ImageToolMissing
+from standby.pe.image.errors import ImageBuildFailed
+from standby.pe.image.program import run
 from standby.pe.image.recipe import DebianRecipe
 
 _MERGED = ("bin", "sbin", "lib", "lib64", "lib32", "libx32")
@@ -34,40 +33,6 @@ activation { udev_sync = 0  udev_rules = 0  monitoring = 0 }
 devices { obtain_device_list_from_udev = 0  external_device_info_source = "none" }
 backup { backup = 0  archive = 0 }
 """
-
-
-def run(arguments: list[str], *, deadline_s: float, log: Path | None = None) -> None:
-    """Run a program to its end; its output goes to ``log`` or, shortened, into the error."""
-    if shutil.which(arguments[0]) is None:
-        raise ImageToolMissing(
-            f"The program {arguments[0]} is not installed.",
-            remedy=f"apt-get install {arguments[0]}",
-            program=arguments[0],
-        )
-    try:
-        done = subprocess.run(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=deadline_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ImageBuildFailed(
-            f"{arguments[0]} did not end within {deadline_s:.0f} s.",
-            remedy="Look whether the package mirror answers.",
-            program=arguments[0],
-        ) from error
-    if log is not None:
-        log.write_bytes(done.stdout)
-    if done.returncode != 0:
-        raise ImageBuildFailed(
-            f"{arguments[0]} failed with status {done.returncode}.",
-            remedy="Its last words say why; the package mirror must be reachable and the disk must have room.",
-            program=arguments[0],
-            output=done.stdout[-2000:].decode(errors="replace"),
-        )
 
 
 def fetch_packages(recipe: DebianRecipe, mirror: str, out: Path) -> None:

@@ -1,0 +1,1 @@
+"""What installs, runs and demonstrates the product; no part of the wheel."""

@@ -1,0 +1,1 @@
+"""The lab: a protected machine, the server and a standby on one host, in network namespaces of their own."""
