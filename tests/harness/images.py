@@ -59,7 +59,8 @@ def assert_equal(one: Path, other: Path, what: str, exempt: Iterable[tuple[int, 
 
 def sectors_of(wrong: Bits) -> Bits:
     """Per byte -> per sector; the length is whole sectors."""
-    return np.logical_or.reduce(wrong.reshape(-1, SECTOR_BYTES), axis=1, dtype=np.bool_)
+    sectors: Bits = np.any(wrong.reshape(-1, SECTOR_BYTES), axis=1)
+    return sectors
 
 
 def ranges_of(sectors: Bits) -> list[Difference]:

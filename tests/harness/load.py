@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.harness.churn import NOTE, SECTOR_BYTES, Operation, operations
 from tests.harness.images import Bits, ranges_of, sectors_of
 from tests.harness.loop import LoopDisk, drop_caches
 from tests.harness.process import Program
+from tests.harness.wait import wait_until
 
 LATE_NS_MAX = 10**9
 """A cut may take in operations that began this long after its clock reading, no more."""
@@ -53,6 +55,7 @@ class Churn:
         work_dir: Path,
         log_dir: Path,
     ) -> None:
+        self.started_ns = 0
         self._notes = work_dir / f"{name}.notes"
         devices = [str(disk.device) for disk in disks]
         for disk in disks:
@@ -63,7 +66,13 @@ class Churn:
         )
 
     def start(self) -> None:
+        self.started_ns = time.monotonic_ns()
         self.program.start()
+
+    def run_for(self, seconds: float) -> None:
+        """Let it go on for that long: the load's length is what is asked for."""
+        end = time.monotonic() + seconds
+        wait_until(lambda: time.monotonic() >= end, 2 * seconds + 10, "the load's end", poll_s=0.005)
 
     def stop(self) -> None:
         assert self.program.running, self.program.log_tail()
