@@ -21,6 +21,8 @@ F_INNER_MAP = 1 << 12
 _BTF_KIND_TYPEDEF = 8
 _PROGRAM_INFO_BYTES = 232
 _RECURSION_MISSES_AT = 208
+_MAP_INFO_BYTES = 32
+_MAP_ENTRIES_AT = 16
 _LOG_LINES_MAX = 8
 _LOG_LINE_BYTES = 1 << 20
 _LOG_KEPT = 1500
@@ -194,6 +196,14 @@ def recursion_misses(fd: int) -> int:
     size = ctypes.c_uint32(_PROGRAM_INFO_BYTES)
     _call("Reading program information", "bpf_obj_get_info_by_fd", fd, info, ctypes.byref(size))
     return int.from_bytes(info.raw[_RECURSION_MISSES_AT : _RECURSION_MISSES_AT + 8], "little")
+
+
+def map_entries(fd: int) -> int:
+    """``max_entries``: for a ring its bytes."""
+    info = ctypes.create_string_buffer(_MAP_INFO_BYTES)
+    size = ctypes.c_uint32(_MAP_INFO_BYTES)
+    _call("Reading map information", "bpf_obj_get_info_by_fd", fd, info, ctypes.byref(size))
+    return int.from_bytes(info.raw[_MAP_ENTRIES_AT : _MAP_ENTRIES_AT + 4], "little")
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
               bio_queue rq_complete bio_complete mark    programs
               link_<program>                      what makes them run
 
-They are made in ``<pin_dir>-partial`` (the file system allows no dots) and renamed as one: a capture exists whole or not at all. An agent that dies
-before the rename leaves a partial directory, which the next one removes.
+They are made in ``<pin_dir>-partial`` (the file system allows no dots) and renamed as one: a capture exists whole or
+not at all. An agent that dies before the rename leaves a partial directory, which the next one removes.
 """
 
 from __future__ import annotations
