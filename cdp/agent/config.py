@@ -1,0 +1,177 @@
+"""The agent's configuration, ``/etc/cdp/agent.toml``. Every default is here, with its reason; unknown keys are errors.
+
+server = "https://backup.example:7443"
+disks = ["/dev/vda"]
+
+[quiesce]
+postgresql_unit = "postgresql"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from cdp.agent.errors import ConfigInvalid
+
+DEFAULT_PATH = Path("/etc/cdp/agent.toml")
+
+
+class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class CaptureConfig(_Section):
+    ring_bytes: int = 16 << 20
+    """Kernel memory between the block layer and the drainer. 16 MiB lost nothing at 400 MB/s; 64 MiB for bursts."""
+    raw_spool_bytes: int = 128 << 20
+    """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory."""
+    pin_dir: Path = Path("/sys/fs/bpf/cdp")
+    """Where programs and maps are pinned, so that capture outlives the agent's processes."""
+
+
+class SpoolConfig(_Section):
+    directory: Path | None = None
+    """Sealed segments that the server has not got. Default: ``spool`` in the runtime directory. Never on a protected
+    disk."""
+    bytes: int = 256 << 20
+    """Bounds it. When it is full the agent goes on capturing but drops, and resyncs the dropped ranges later."""
+
+
+class CopyConfig(_Section):
+    mb_per_s_max: float = 200.0
+    """Reading of a seed or resync, in MB/s: the source's own work comes first. 0: no limit."""
+
+
+class QuiesceConfig(_Section):
+    """What a planned takeover does to the services of *this* machine; see ``quiesce.py``. The server names a mode,
+    never a command."""
+
+    postgresql_unit: str = "postgresql"
+    """systemd unit that is stopped after a checkpoint."""
+    postgresql_checkpoint: list[str] = msgspec.field(
+        default_factory=lambda: ["runuser", "-u", "postgres", "--", "psql", "-X", "-q", "-c", "CHECKPOINT"]
+    )
+    """Run before the unit is stopped, so that stopping has little left to write. Empty: skip it."""
+    freeze: list[Path] = msgspec.field(default_factory=lambda: [Path("/")])
+    """Mount points that mode ``freeze`` freezes, in this order."""
+    before: list[str] = []
+    """Mode ``hooks``: the command that quiesces, as a list; its exit code 0 means done."""
+    after: list[str] = []
+    """Mode ``hooks``: the command that undoes it."""
+
+
+class MetricsConfig(_Section):
+    host: str = "127.0.0.1"
+    """The metrics page asks for no credential: keep it on loopback."""
+    port: int = 9109
+    """0 switches it off."""
+
+
+class AgentConfig(_Section):
+    server: str
+    """Base URL of the server."""
+    disks: list[Path]
+    """Whole disks; all of them are one consistency group."""
+    state_dir: Path = Path("/var/lib/cdp")
+    """Identity, credential, fence. May lie on a protected disk."""
+    runtime_dir: Path = Path("/run/cdp")
+    """Raw spool, spool, cursor. Survives the agent, not the machine."""
+    mount_tmpfs: bool = True
+    """Mount a tmpfs of fitting size on the runtime directory: /run itself is a tenth of the memory on many systems."""
+    segment_s: float = 1.0
+    """Length of a segment: the distance of recovery points."""
+    capture: CaptureConfig = msgspec.field(default_factory=CaptureConfig)
+    spool: SpoolConfig = msgspec.field(default_factory=SpoolConfig)
+    copy: CopyConfig = msgspec.field(default_factory=CopyConfig)
+    quiesce: QuiesceConfig = msgspec.field(default_factory=QuiesceConfig)
+    metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        for name, wrong, rule in (
+            ("server", not self.server.startswith(("https://", "http://")), "must be an https:// URL"),
+            ("disks", not self.disks, "must name at least one disk"),
+            ("disks", len(set(self.disks)) != len(self.disks), "names a disk twice"),
+            ("segment_s", not 0.1 <= self.segment_s <= 60, "must be between 0.1 and 60"),
+            ("spool.bytes", self.spool.bytes < 32 << 20, "must be at least 32 MiB: segments are up to 20 MiB"),
+            ("capture.raw_spool_bytes", self.capture.raw_spool_bytes < 32 << 20, "must be at least 32 MiB"),
+            ("copy.mb_per_s_max", self.copy.mb_per_s_max < 0, "must not be negative"),
+            ("metrics.port", not 0 <= self.metrics.port <= 65535, "is not a port"),
+        ):
+            if wrong:
+                raise ValueError(f"{name} {rule}")
+
+    @property
+    def raw_spool_dir(self) -> Path:
+        return self.runtime_dir / "raw"
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.spool.directory or self.runtime_dir / "spool"
+
+
+def load(path: Path = DEFAULT_PATH) -> AgentConfig:
+    """Raises ``ConfigInvalid`` with the key's name."""
+    try:
+        return parse(path.read_text(), str(path))
+    except FileNotFoundError:
+        raise ConfigInvalid(
+            f"There is no configuration at {path}.", remedy="'cdp join URL TOKEN' writes one.", path=str(path)
+        ) from None
+
+
+def parse(text: str, source: str = "agent.toml") -> AgentConfig:
+    try:
+        return msgspec.convert(tomllib.loads(text), AgentConfig, dec_hook=_path)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise ConfigInvalid(
+            f"{source}: {error}.", remedy="The keys and their defaults are documented in cdp/agent/config.py."
+        ) from error
+
+
+def _path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"not a {kind.__name__}")
+
+
+def template(server: str, disks: list[Path]) -> str:
+    """The file that ``cdp join`` writes: what it knows, and the defaults as comments."""
+    listed = ", ".join(f'"{disk}"' for disk in disks)
+    return f"""\
+# Configuration of the CDP agent. Commented lines are the defaults.
+
+server = "{server}"
+# Whole disks, not partitions. All of them are one consistency group.
+disks = [{listed}]
+
+# state_dir = "/var/lib/cdp"
+# runtime_dir = "/run/cdp"
+# mount_tmpfs = true             # a tmpfs of its own on runtime_dir
+# segment_s = 1.0                # the distance of recovery points
+
+[capture]
+# ring_bytes = 16777216          # kernel memory; 67108864 for machines with long bursts
+# raw_spool_bytes = 134217728
+# pin_dir = "/sys/fs/bpf/cdp"
+
+[spool]
+# directory = "/run/cdp/spool"   # or a directory on a disk that is not protected
+# bytes = 268435456              # how much the server may be behind before a resync is needed
+
+[copy]
+# mb_per_s_max = 200             # of a seed or resync; 0: no limit
+
+[quiesce]
+# postgresql_unit = "postgresql"
+# postgresql_checkpoint = ["runuser", "-u", "postgres", "--", "psql", "-X", "-q", "-c", "CHECKPOINT"]
+# freeze = ["/"]
+# before = []                    # mode "hooks": the command that quiesces …
+# after = []                     # … and the one that undoes it
+
+[metrics]
+# host = "127.0.0.1"
+# port = 9109                    # 0: off
+"""

@@ -1,0 +1,65 @@
+"""How a history begins, and whether one that is at hand may go on. Pure functions of values.
+
+    cursor at hand?  same machine, boot, capture, disks    then
+    yes              yes                                   CONTINUE where it ends
+    otherwise, by the server's tip:
+      the genesis of all-zero disks                        SEED: copy everything, leave zeros out
+      anything else                                        COMPARE: read everything, send what differs
+
+When a fence is lifted, the new generation may stand on exactly what this side had sealed: then only what was written
+since has to be copied, which is what the dirty marks say.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from cdp.agent.dirty import DirtyMap, Geometry, Round
+from cdp.agent.errors import DiskChanged
+from cdp.agent.state import Cursor
+from journal.position import Position
+from journal.wire import DiskInfo
+
+
+def may_continue(cursor: Cursor, machine: uuid.UUID, boot: str, capture: str, disks: Sequence[Geometry]) -> bool:
+    """Disks that were added at the end are no obstacle: they become dirty."""
+    known = cursor.disks == list(disks[: len(cursor.disks)])
+    return known and (cursor.machine, cursor.boot_id, cursor.capture) == (str(machine), boot, capture)
+
+
+def new_disks(cursor: Cursor, disks: Sequence[Geometry]) -> list[int]:
+    return [disk.index for disk in disks[len(cursor.disks) :]]
+
+
+def first_round(machine: uuid.UUID, tip: Position, drop_generation: int, reason: str, todo: DirtyMap) -> Round:
+    """The copy that a history on ``tip`` begins with, when nothing is known of what the disks hold."""
+    todo.mark_all()
+    empty = tip == Position.genesis(machine, tip.generation, None)
+    return Round(
+        kind="seed" if empty else "compare",
+        reason="seed" if empty else reason,
+        drop_generation=drop_generation,
+        todo=todo.pack(),
+        complete=True,
+        total_bytes=todo.total_bytes,
+    )
+
+
+def stands_on(machine: uuid.UUID, tip: Position, ours: Position) -> bool:
+    """Is ``tip`` the genesis of a generation whose parent is ``ours``?"""
+    return tip == Position.genesis(machine, tip.generation, ours)
+
+
+def check_disks(disks: Sequence[Geometry], known: Sequence[DiskInfo]) -> None:
+    """Raise ``DiskChanged`` if the server knows a disk of ours with another size."""
+    sizes = {disk.index: disk.size_bytes for disk in known}
+    for disk in disks:
+        if sizes.get(disk.index, disk.size_bytes) != disk.size_bytes:
+            raise DiskChanged(
+                f"Disk {disk.index} has {disk.size_bytes} bytes; its history was begun with {sizes[disk.index]}.",
+                remedy="Give it its old size, or protect the machine anew: 'cdp protect' starts a new history.",
+                disk=disk.index,
+                size_bytes=disk.size_bytes,
+                known_bytes=sizes[disk.index],
+            )
