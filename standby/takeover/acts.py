@@ -25,6 +25,8 @@ REPORT_AGE_S_MAX = 5.0
 CHECK_POLL_S = 0.25
 PROBE_POLL_S = 0.05
 SILENCE_POLL_S_MAX = 1.0
+FINISH_BOOT_ANSWER_S = 5.0
+"""The PE answers and then leaves for good; an answer that is not here by now was lost, and the probe decides."""
 ALIVE_AFTER_S = 3.0
 """A source that has reported all this time, while it was to be silent, is not gone: no use to wait longer."""
 SOURCE_READY = frozenset({"following"})
@@ -67,10 +69,11 @@ class Acts:
 
     def deadline_s(self, act: Act) -> float | None:
         """Seconds for one attempt; None where the outcome has to be known, however long it takes."""
+        return None if act in NEVER_CANCELLED else self._limit(act)
+
+    def _limit(self, act: Act) -> float:
         limits = self._spec.deadlines
-        if act in NEVER_CANCELLED:
-            return None
-        return {
+        special = {
             Act.SOURCE_GONE: limits.fence + self._spec.silence_s,
             Act.UNFENCE: limits.fence + limits.quiesce,  # it may start services
             Act.THAW: limits.quiesce,
@@ -78,7 +81,8 @@ class Acts:
             Act.REDEFINE: limits.finish_boot,
             Act.STOP_STANDBY: limits.finish_boot,
             Act.RESTART_STANDBY: limits.finish_boot,
-        }.get(act) or float(getattr(limits, PHASE_OF[act].replace("-", "_")))
+        }
+        return special[act] if act in special else float(getattr(limits, PHASE_OF[act].replace("-", "_")))
 
     # --- before the point of no return ------------------------------------------------------------------------------
     async def _check(self) -> Evidence:
@@ -137,15 +141,19 @@ class Acts:
         return missing
 
     async def _quiesce(self) -> Evidence:
-        await self._ports.agent.quiesce(self._machine, self._spec.quiesce, lease_s(self._spec))
+        await self._ports.agent.quiesce(
+            self._machine, self._spec.quiesce, lease_s(self._spec), deadline_s=self._limit(Act.QUIESCE)
+        )
         return {"mode": self._spec.quiesce}
 
     async def _seal(self) -> Evidence:
-        return self._source_position(await self._ports.agent.seal(self._machine))
+        return self._source_position(await self._ports.agent.seal(self._machine, deadline_s=self._limit(Act.SEAL)))
 
     async def _fence_source(self) -> Evidence:
         addresses = self._spec.service_addresses
-        evidence = await self._ports.agent.fence(self._machine, self._record.generation, addresses)
+        evidence = await self._ports.agent.fence(
+            self._machine, self._record.generation, addresses, deadline_s=self._limit(Act.FENCE_SOURCE)
+        )
         fence.check_source_fenced(evidence, addresses)
         if (text := evidence.get("position")) is not None:
             self._source_position(Position.parse(str(text)))
@@ -206,7 +214,7 @@ class Acts:
 
     async def _drain(self) -> Evidence:
         want = self._cut_position()
-        applied = await self._ports.pe.drain(self._machine, self._record.id, want)
+        applied = await self._ports.pe.drain(self._machine, self._record.id, want, deadline_s=self._limit(Act.DRAIN))
         if applied != want:
             raise WrongPosition(
                 f"The standby applied {applied.short} instead of {want.short}.",
@@ -217,11 +225,18 @@ class Acts:
         return {"position": str(applied)}
 
     async def _inject(self) -> Evidence:
-        return {"injected": await self._ports.pe.inject(self._machine, self._record.id, self._spec)}
+        limit_s = self._limit(Act.INJECT)
+        return {"injected": await self._ports.pe.inject(self._machine, self._record.id, self._spec, deadline_s=limit_s)}
 
     async def _take_address(self) -> Evidence:
         addresses = self._spec.service_addresses
-        held = await self._ports.pe.take_address(self._machine, self._record.id, addresses, self._record.options.force)
+        held = await self._ports.pe.take_address(
+            self._machine,
+            self._record.id,
+            addresses,
+            self._record.options.force,
+            deadline_s=self._limit(Act.TAKE_ADDRESS),
+        )
         fence.check_held(held, addresses)
         return {"held": held}
 
@@ -233,7 +248,7 @@ class Acts:
         if again and not self._ports.pe.seen(self._machine).connected:
             return {"assumed": "the PE left before the controller was restarted"}
         try:
-            await self._ports.pe.finish_boot(self._machine, self._record.id)
+            await self._ports.pe.finish_boot(self._machine, self._record.id, deadline_s=FINISH_BOOT_ANSWER_S)
         except (CdpError, OSError, TimeoutError) as error:
             if isinstance(error, CdpError) and not error.transient:
                 raise
@@ -280,16 +295,18 @@ class Acts:
 
     # --- the ways back ----------------------------------------------------------------------------------------------
     async def _abort_standby(self) -> Evidence:
-        await self._ports.pe.abort(self._machine, self._record.id)
+        await self._ports.pe.abort(self._machine, self._record.id, deadline_s=self._limit(Act.ABORT_STANDBY))
         return {}
 
     async def _unfence(self) -> Evidence:
         tip = await self._ports.store.live(self._machine)
-        await self._ports.agent.unfence(self._machine, tip.generation, tip, self._spec.service_addresses)
+        await self._ports.agent.unfence(
+            self._machine, tip.generation, tip, self._spec.service_addresses, deadline_s=self._limit(Act.UNFENCE)
+        )
         return {"generation": tip.generation}
 
     async def _thaw(self) -> Evidence:
-        await self._ports.agent.thaw(self._machine)
+        await self._ports.agent.thaw(self._machine, deadline_s=self._limit(Act.THAW))
         return {}
 
     async def _stop_standby(self) -> Evidence:
