@@ -13,6 +13,7 @@ lock keeps two builds of one cache apart.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from standby.pe.image import code
 from standby.pe.image.cache import complete, default_cache_dir, forget_old, locked, used
 from standby.pe.image.cpio import CpioWriter
 from standby.pe.image.debian import DebianLayer, fetch_packages
+from standby.pe.image.errors import PeImageMissing
 from standby.pe.image.program import run
 from standby.pe.image.recipe import DEFAULT_MIRROR, KERNEL_ARGUMENTS, DebianRecipe, debian_key
 
@@ -31,6 +33,7 @@ Progress = Callable[[str], None]
 """Told what is being done, one short sentence at a time."""
 
 _COMPRESS_DEADLINE_S = 600.0
+_DESCRIPTION = "image.json"
 
 
 @dataclass(frozen=True)
@@ -129,3 +132,42 @@ def _join(layers: tuple[Path, ...], out: Path) -> None:
         for layer in layers:
             with layer.open("rb") as part:
                 shutil.copyfileobj(part, whole)
+
+
+def install(image: PeImage, directory: Path) -> PeImage:
+    """Copy ``image`` to where the server looks for it; returns the copy."""
+    directory.mkdir(parents=True, exist_ok=True)
+    copy = PeImage(
+        directory / f"kernel-{image.digest}",
+        directory / f"initrd-{image.digest}",
+        image.release,
+        image.digest,
+        image.arguments,
+    )
+    for source, target in ((image.kernel, copy.kernel), (image.initrd, copy.initrd)):
+        if not target.exists():
+            with complete(target) as partial:
+                shutil.copyfile(source, partial)
+    # The description is written last: it makes the new image the installed one.
+    with complete(directory / _DESCRIPTION) as partial:
+        partial.write_text(json.dumps({"digest": image.digest, "release": image.release, "arguments": image.arguments}))
+    for path in (*directory.glob("kernel-*"), *directory.glob("initrd-*")):
+        if not path.name.endswith(image.digest):
+            path.unlink()
+    return copy
+
+
+def installed(directory: Path) -> PeImage:
+    """The image in ``directory``; raises ``PeImageMissing``."""
+    try:
+        held = json.loads((directory / _DESCRIPTION).read_text())
+    except FileNotFoundError as error:
+        raise PeImageMissing(
+            f"There is no PE image in {directory}.",
+            remedy="Run 'cdp pe build' on the server.",
+            directory=str(directory),
+        ) from error
+    digest = held["digest"]
+    return PeImage(
+        directory / f"kernel-{digest}", directory / f"initrd-{digest}", held["release"], digest, held["arguments"]
+    )

@@ -15,3 +15,10 @@ class ImageToolMissing(CdpError):
     """A program or a Python distribution that the build needs is not there."""
 
     code = "pe-image-tool-missing"
+
+
+class PeImageMissing(CdpError):
+    """The server has no PE image to give to a hypervisor."""
+
+    code = "pe-image-missing"
+    http_status = 409
