@@ -45,7 +45,21 @@ Errors are in ``cdp.store.errors`` and ``journal.errors``. How the store survive
 ``docs/durability.md``.
 """
 
+from cdp.store.image import ImageReader
 from cdp.store.records import Bookmark, Cursor, FuzzyInterval, Generation, History, Machine, RecoveryPoint, Usage
+from cdp.store.recover import recover
 from cdp.store.store import Store
 
-__all__ = ["Bookmark", "Cursor", "FuzzyInterval", "Generation", "History", "Machine", "RecoveryPoint", "Store", "Usage"]
+__all__ = [
+    "Bookmark",
+    "Cursor",
+    "FuzzyInterval",
+    "Generation",
+    "History",
+    "ImageReader",
+    "Machine",
+    "RecoveryPoint",
+    "Store",
+    "Usage",
+    "recover",
+]

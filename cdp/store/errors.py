@@ -45,6 +45,12 @@ class StoredDamage(CdpError):
     code = "stored-damage"
 
 
+class RunDamaged(StoredDamage):
+    """A file of the point-in-time index. Derived data: it is deleted and built again, nobody needs to be told."""
+
+    code = "run-damaged"
+
+
 class UnknownMachine(CdpError):
     code = "unknown-machine"
     http_status = 404

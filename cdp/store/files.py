@@ -139,6 +139,14 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def remove_tree(directory: Path) -> None:
+    """Remove a directory of plain files, if it is there."""
+    if directory.is_dir():
+        for path in directory.iterdir():
+            path.unlink()
+        directory.rmdir()
+
+
 def reserve_blocks(path: Path, size_bytes: int) -> None:
     """Allocate the blocks of ``path`` up to ``size_bytes`` without changing its length. Raises ``OSError`` (ENOSPC);
     does nothing on filesystems that cannot do it."""

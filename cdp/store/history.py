@@ -185,6 +185,10 @@ class Reading(Ingest):
         with state.lock:
             return list(state.pending.values())
 
+    def entries(self, state: MachineState, span: Span, limit: int) -> list[Entry]:
+        """At most ``limit`` stored segments of ``span``, in order."""
+        return list(itertools.islice(self._entries(state, [span], self._pending(state)), limit))
+
     def _entries(self, state: MachineState, spans: list[Span], pending: list[Entry]) -> Iterator[Entry]:
         """The entries of ``spans`` in order. ``pending`` was taken before: by now it may be in the index as well."""
         machine = state.machine.uuid

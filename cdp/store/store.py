@@ -1,6 +1,7 @@
 """The store as callers see it: ``Store.open`` and the layers that it is made of.
 
-``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Ledger`` ← ``Store``: each layer uses only those before it.
+``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Ledger`` ← ``Imaging`` ← ``Store``: each layer uses only
+those before it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from types import TracebackType
 
 from cdp.store.core import FILE_BYTES, FLUSH_INTERVAL_S, MAP_BYTES, SPARES_MAX
 from cdp.store.files import Files, OsFiles
-from cdp.store.ledger import Ledger
+from cdp.store.imaging import Imaging
 
 
-class Store(Ledger):
+class Store(Imaging):
     @classmethod
     def open(
         cls,
