@@ -25,8 +25,6 @@ REPORT_AGE_S_MAX = 5.0
 CHECK_POLL_S = 0.25
 PROBE_POLL_S = 0.05
 SILENCE_POLL_S_MAX = 1.0
-FINISH_BOOT_ANSWER_S = 5.0
-"""The PE answers and then leaves for good; an answer that is not here by now was lost, and the probe decides."""
 ALIVE_AFTER_S = 3.0
 """A source that has reported all this time, while it was to be silent, is not gone: no use to wait longer."""
 SOURCE_READY = frozenset({"following"})
@@ -69,11 +67,10 @@ class Acts:
 
     def deadline_s(self, act: Act) -> float | None:
         """Seconds for one attempt; None where the outcome has to be known, however long it takes."""
-        return None if act in NEVER_CANCELLED else self._limit(act)
-
-    def _limit(self, act: Act) -> float:
         limits = self._spec.deadlines
-        special = {
+        if act in NEVER_CANCELLED:
+            return None
+        return {
             Act.SOURCE_GONE: limits.fence + self._spec.silence_s,
             Act.UNFENCE: limits.fence + limits.quiesce,  # it may start services
             Act.THAW: limits.quiesce,
@@ -81,8 +78,7 @@ class Acts:
             Act.REDEFINE: limits.finish_boot,
             Act.STOP_STANDBY: limits.finish_boot,
             Act.RESTART_STANDBY: limits.finish_boot,
-        }
-        return special[act] if act in special else float(getattr(limits, PHASE_OF[act].replace("-", "_")))
+        }.get(act) or float(getattr(limits, PHASE_OF[act].replace("-", "_")))
 
     # --- before the point of no return ------------------------------------------------------------------------------
     async def _check(self) -> Evidence:
@@ -141,19 +137,15 @@ class Acts:
         return missing
 
     async def _quiesce(self) -> Evidence:
-        await self._ports.agent.quiesce(
-            self._machine, self._spec.quiesce, lease_s(self._spec), deadline_s=self._limit(Act.QUIESCE)
-        )
+        await self._ports.agent.quiesce(self._machine, self._spec.quiesce, lease_s(self._spec))
         return {"mode": self._spec.quiesce}
 
     async def _seal(self) -> Evidence:
-        return self._source_position(await self._ports.agent.seal(self._machine, deadline_s=self._limit(Act.SEAL)))
+        return self._source_position(await self._ports.agent.seal(self._machine))
 
     async def _fence_source(self) -> Evidence:
         addresses = self._spec.service_addresses
-        evidence = await self._ports.agent.fence(
-            self._machine, self._record.generation, addresses, deadline_s=self._limit(Act.FENCE_SOURCE)
-        )
+        evidence = await self._ports.agent.fence(self._machine, self._record.generation, addresses)
         fence.check_source_fenced(evidence, addresses)
         if (text := evidence.get("position")) is not None:
             self._source_position(Position.parse(str(text)))
@@ -214,7 +206,7 @@ class Acts:
 
     async def _drain(self) -> Evidence:
         want = self._cut_position()
-        applied = await self._ports.pe.drain(self._machine, self._record.id, want, deadline_s=self._limit(Act.DRAIN))
+        applied = await self._ports.pe.drain(self._machine, self._record.id, want)
         if applied != want:
             raise WrongPosition(
                 f"The standby applied {applied.short} instead of {want.short}.",
@@ -225,18 +217,11 @@ class Acts:
         return {"position": str(applied)}
 
     async def _inject(self) -> Evidence:
-        limit_s = self._limit(Act.INJECT)
-        return {"injected": await self._ports.pe.inject(self._machine, self._record.id, self._spec, deadline_s=limit_s)}
+        return {"injected": await self._ports.pe.inject(self._machine, self._record.id, self._spec)}
 
     async def _take_address(self) -> Evidence:
         addresses = self._spec.service_addresses
-        held = await self._ports.pe.take_address(
-            self._machine,
-            self._record.id,
-            addresses,
-            self._record.options.force,
-            deadline_s=self._limit(Act.TAKE_ADDRESS),
-        )
+        held = await self._ports.pe.take_address(self._machine, self._record.id, addresses, self._record.options.force)
         fence.check_held(held, addresses)
         return {"held": held}
 
@@ -248,7 +233,7 @@ class Acts:
         if again and not self._ports.pe.seen(self._machine).connected:
             return {"assumed": "the PE left before the controller was restarted"}
         try:
-            await self._ports.pe.finish_boot(self._machine, self._record.id, deadline_s=FINISH_BOOT_ANSWER_S)
+            await self._ports.pe.finish_boot(self._machine, self._record.id)
         except (CdpError, OSError, TimeoutError) as error:
             if isinstance(error, CdpError) and not error.transient:
                 raise
@@ -295,18 +280,16 @@ class Acts:
 
     # --- the ways back ----------------------------------------------------------------------------------------------
     async def _abort_standby(self) -> Evidence:
-        await self._ports.pe.abort(self._machine, self._record.id, deadline_s=self._limit(Act.ABORT_STANDBY))
+        await self._ports.pe.abort(self._machine, self._record.id)
         return {}
 
     async def _unfence(self) -> Evidence:
         tip = await self._ports.store.live(self._machine)
-        await self._ports.agent.unfence(
-            self._machine, tip.generation, tip, self._spec.service_addresses, deadline_s=self._limit(Act.UNFENCE)
-        )
+        await self._ports.agent.unfence(self._machine, tip.generation, tip, self._spec.service_addresses)
         return {"generation": tip.generation}
 
     async def _thaw(self) -> Evidence:
-        await self._ports.agent.thaw(self._machine, deadline_s=self._limit(Act.THAW))
+        await self._ports.agent.thaw(self._machine)
         return {}
 
     async def _stop_standby(self) -> Evidence:

@@ -33,9 +33,9 @@ from standby.takeover import frames, routes
 
 ANNOUNCE_AT_S = (0.0, 1.0, 3.0)
 """When announcements are repeated: a switch may drop the first while it learns the new port."""
-PROBE_AT_S = (0.0, 0.1, 0.2)
+PROBE_AT_S = (0.0, 0.07, 0.14)
 """RFC 5227 sends three probes over seconds; here they are close together, for downtime is running."""
-PROBE_LISTEN_S = 0.5
+PROBE_LISTEN_S = 0.3
 """From the first probe to the verdict "nobody answers"."""
 
 _IFA_F_NODAD = 0x02

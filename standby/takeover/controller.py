@@ -161,21 +161,19 @@ class TakeoverController:
     def latest(self, machine: str) -> TakeoverRecord | None:
         return next(iter(self.of_machine(machine)), None)
 
-    def source_may_hold(self, machine: str, live_generation: int) -> bool:
-        """May the source hold the service addresses and push? The answer to an agent that asks whether it is fenced.
+    def standby_owns(self, machine: str) -> bool:
+        """Does the live generation belong to the standby: may it, and not the source, hold the service addresses?
 
-        False from the moment in which the next generation may be live until it has been given back.
+        True from the moment in which the next generation may be live until it has been given back.
         """
         for record in self.of_machine(machine):
             unbumped = record.direction is Direction.UNDO or (
                 record.state is State.FAILED and record.direction is Direction.FORWARD
             )
-            if unbumped or not record.begun(Act.GENERATION):
-                continue  # this one changed nothing: the one before it decides
-            if live_generation > record.generation + (record.direction is Direction.ROLLBACK):
-                return True  # a new seed: the takeover is history
-            return record.done(Act.GENERATION_BACK)
-        return True
+            if not unbumped and record.begun(Act.GENERATION):
+                return not record.done(Act.GENERATION_BACK)
+            # This one changed nothing: the one before it decides.
+        return False
 
     async def settled(self, takeover: str) -> TakeoverRecord:
         """Wait until nothing more happens by itself: running, terminal or stalled."""

@@ -1,8 +1,7 @@
 """Everything that the controller touches, as protocols: the tests put a breakable world behind them.
 
 All calls may raise ``CdpError`` (``transient`` ones are repeated until the phase's deadline), ``OSError`` or
-``TimeoutError``. ``deadline_s`` is when the caller gives up: the call is cancelled by then. All are idempotent: a call
-whose answer was lost is repeated.
+``TimeoutError``, and may be cancelled at the deadline. All are idempotent: a call whose answer was lost is repeated.
 """
 
 from __future__ import annotations
@@ -38,26 +37,22 @@ class AgentPort(Protocol):
         """Has the replicated agent, on the standby, reported that the system of this takeover is up?"""
         ...
 
-    async def quiesce(self, machine: str, mode: str, lease_s: float, *, deadline_s: float) -> None:
+    async def quiesce(self, machine: str, mode: str, lease_s: float) -> None:
         """Stop writers. The agent thaws by itself after ``lease_s`` unless it has been fenced by then."""
         ...
 
-    async def thaw(self, machine: str, *, deadline_s: float) -> None: ...
+    async def thaw(self, machine: str) -> None: ...
 
-    async def seal(self, machine: str, *, deadline_s: float) -> Position:
+    async def seal(self, machine: str) -> Position:
         """Cut now; returns once that position is stored."""
         ...
 
-    async def fence(
-        self, machine: str, generation: int, addresses: Sequence[str], *, deadline_s: float
-    ) -> dict[str, Any]:
+    async def fence(self, machine: str, generation: int, addresses: Sequence[str]) -> dict[str, Any]:
         """Stop sealing, give the addresses up, keep both across a reboot. Evidence: ``removed``, ``remaining`` and, if
         the agent sealed once more after it gave them up, ``position``."""
         ...
 
-    async def unfence(
-        self, machine: str, generation: int, tip: Position, addresses: Sequence[str], *, deadline_s: float
-    ) -> None:
+    async def unfence(self, machine: str, generation: int, tip: Position, addresses: Sequence[str]) -> None:
         """The source may hold the addresses again and continues ``generation`` after ``tip``."""
         ...
 
@@ -67,25 +62,23 @@ class PePort(Protocol):
 
     def seen(self, machine: str) -> Seen[StandbyReport]: ...
 
-    async def drain(self, machine: str, takeover: str, position: Position, *, deadline_s: float) -> Position:
+    async def drain(self, machine: str, takeover: str, position: Position) -> Position:
         """Apply up to exactly ``position``, stop there; returns what is applied and durable."""
         ...
 
-    async def inject(self, machine: str, takeover: str, spec: MachineSpec, *, deadline_s: float) -> list[Any]:
+    async def inject(self, machine: str, takeover: str, spec: MachineSpec) -> list[str]:
         """Returns what was written into the replicated system."""
         ...
 
-    async def take_address(
-        self, machine: str, takeover: str, addresses: Sequence[str], force: bool, *, deadline_s: float
-    ) -> list[str]:
+    async def take_address(self, machine: str, takeover: str, addresses: Sequence[str], force: bool) -> list[str]:
         """Returns the addresses that it holds now, probed (unless ``force``), added and announced."""
         ...
 
-    async def finish_boot(self, machine: str, takeover: str, *, deadline_s: float) -> None:
+    async def finish_boot(self, machine: str, takeover: str) -> None:
         """Returns just before kexec."""
         ...
 
-    async def abort(self, machine: str, takeover: str, *, deadline_s: float) -> None:
+    async def abort(self, machine: str, takeover: str) -> None:
         """Back to following. Only used before anything was injected."""
         ...
 
