@@ -20,6 +20,7 @@ import hmac
 import re
 import secrets
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
@@ -49,7 +50,7 @@ class TokenRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, froz
     key: str
     secret_hash: str
     role: Role
-    machine: str | None
+    machine: uuid.UUID | None
     expires_at_s: float
     used_at_s: float | None = None
 
@@ -58,20 +59,17 @@ class CredentialRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
     id: str
     secret_hash: str
     role: Role
-    machine: str | None
+    machine: uuid.UUID | None
     name: str
     created_at_s: float
 
 
-class Vault(Protocol):
-    """Durable before each call returns."""
+class Rows(Protocol):
+    """A durable table of small rows: a change is durable before the call returns."""
 
-    def load_tokens(self) -> list[bytes]: ...
-    def save_token(self, key: str, record: bytes) -> None: ...
-    def delete_token(self, key: str) -> None: ...
-    def load_credentials(self) -> list[bytes]: ...
-    def save_credential(self, key: str, record: bytes) -> None: ...
-    def delete_credential(self, key: str) -> None: ...
+    def put(self, key: str, value: bytes) -> None: ...
+    def delete(self, key: str) -> bool: ...
+    def items(self) -> dict[str, bytes]: ...
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -79,7 +77,7 @@ class Principal(msgspec.Struct, frozen=True):
 
     credential: str
     role: Role
-    machine: str | None
+    machine: uuid.UUID | None
     name: str
 
     def require_role(self, *roles: Role) -> None:
@@ -90,7 +88,7 @@ class Principal(msgspec.Struct, frozen=True):
                 role=self.role,
             )
 
-    def require_machine(self, machine: str) -> None:
+    def require_machine(self, machine: uuid.UUID) -> None:
         """Operators may look at any machine, everybody else at their own only."""
         if self.role != "operator" and self.machine != machine:
             raise Forbidden(
@@ -101,19 +99,20 @@ class Principal(msgspec.Struct, frozen=True):
 
 
 class Authenticator:
-    """All tokens and credentials, in memory and in the vault. Thread-safe; the issuing calls block on the disk."""
+    """All tokens and credentials, in memory and stored. Thread-safe; what issues or revokes blocks on the disk."""
 
-    def __init__(self, vault: Vault, fingerprint: str, clock: Callable[[], float]) -> None:
-        self._vault = vault
+    def __init__(self, tokens: Rows, credentials: Rows, fingerprint: str, clock: Callable[[], float]) -> None:
+        self._token_rows = tokens
+        self._credential_rows = credentials
         self._fingerprint = fingerprint
         self._clock = clock
         self._lock = threading.Lock()
-        tokens = [msgspec.json.decode(raw, type=TokenRecord) for raw in vault.load_tokens()]
-        credentials = [msgspec.json.decode(raw, type=CredentialRecord) for raw in vault.load_credentials()]
-        self._tokens = {record.key: record for record in tokens}
-        self._credentials = {record.id: record for record in credentials}
+        self._tokens = {key: msgspec.json.decode(raw, type=TokenRecord) for key, raw in tokens.items().items()}
+        self._credentials = {
+            key: msgspec.json.decode(raw, type=CredentialRecord) for key, raw in credentials.items().items()
+        }
 
-    def issue_token(self, role: Role, machine: str | None, lifetime_s: float) -> str:
+    def issue_token(self, role: Role, machine: uuid.UUID | None, lifetime_s: float) -> str:
         """A new join token; only its hash is kept. Machine tokens name a machine, operator tokens none."""
         assert (machine is None) == (role == "operator")
         secret = secrets.token_urlsafe(SECRET_BYTES)
@@ -127,7 +126,7 @@ class Authenticator:
         )
         with self._lock:
             self._forget_spent_tokens()
-            self._vault.save_token(record.key, msgspec.json.encode(record))
+            self._token_rows.put(record.key, msgspec.json.encode(record))
             self._tokens[record.key] = record
         return f"{TOKEN_PREFIX}.{self._fingerprint}.{secret}"
 
@@ -158,19 +157,29 @@ class Authenticator:
                     role=record.role,
                 )
             used = msgspec.structs.replace(record, used_at_s=self._clock())
-            self._vault.save_token(used.key, msgspec.json.encode(used))
+            self._token_rows.put(used.key, msgspec.json.encode(used))
             self._tokens[used.key] = used
             # A machine has one agent: whoever holds the old credential (a clone, a thief) is out from now on.
             self._revoke(record.machine, record.role)
             return self._issue(record.role, record.machine, name)
 
-    def issue(self, role: Role, machine: str | None, name: str, *, replace: bool = False) -> JoinAnswer:
+    def issue(
+        self,
+        role: Role,
+        machine: uuid.UUID | None,
+        name: str,
+        *,
+        replace: bool = False,
+        hand_over: Callable[[JoinAnswer], None] = lambda _: None,
+    ) -> JoinAnswer:
         """A credential without a token: for the PE that the server itself starts, and for the first operator.
-        ``replace`` ends the machine's older credentials of that role."""
+
+        ``replace`` ends the machine's older credentials of that role; ``hand_over`` is given the credential before it
+        becomes valid."""
         with self._lock:
             if replace:
                 self._revoke(machine, role)
-            return self._issue(role, machine, name)
+            return self._issue(role, machine, name, hand_over)
 
     def authenticate(self, header: str | None) -> Principal:
         """The holder of the credential in an ``Authorization`` header. Raises ``Unauthorized``."""
@@ -192,21 +201,27 @@ class Authenticator:
     def has_operator(self) -> bool:
         return any(record.role == "operator" for record in self._credentials.values())
 
-    def revoke(self, machine: str | None, role: Role) -> int:
+    def revoke(self, machine: uuid.UUID | None, role: Role) -> int:
         """End the machine's credentials of that role; returns how many there were."""
         with self._lock:
             return self._revoke(machine, role)
 
-    def forget_machine(self, machine: str) -> None:
+    def forget_machine(self, machine: uuid.UUID) -> None:
         """End every credential and token of a machine that is being removed."""
         with self._lock:
             self._revoke(machine, "agent")
             self._revoke(machine, "pe")
             for key in [token.key for token in self._tokens.values() if token.machine == machine]:
-                self._vault.delete_token(key)
+                self._token_rows.delete(key)
                 del self._tokens[key]
 
-    def _issue(self, role: Role, machine: str | None, name: str) -> JoinAnswer:
+    def _issue(
+        self,
+        role: Role,
+        machine: uuid.UUID | None,
+        name: str,
+        hand_over: Callable[[JoinAnswer], None] = lambda _: None,
+    ) -> JoinAnswer:
         secret = secrets.token_urlsafe(SECRET_BYTES)
         record = CredentialRecord(
             id=f"{role}-{secrets.token_hex(8)}",
@@ -216,24 +231,26 @@ class Authenticator:
             name=name,
             created_at_s=self._clock(),
         )
-        self._vault.save_credential(record.id, msgspec.json.encode(record))
+        joined = JoinAnswer(credential=record.id, secret=secret, machine=None if machine is None else str(machine))
+        hand_over(joined)
+        self._credential_rows.put(record.id, msgspec.json.encode(record))
         self._credentials[record.id] = record
-        return JoinAnswer(credential=record.id, secret=secret, machine=machine)
+        return joined
 
-    def _revoke(self, machine: str | None, role: Role) -> int:
+    def _revoke(self, machine: uuid.UUID | None, role: Role) -> int:
         """Operators are many and have no machine: theirs end one by one, never because another one joins."""
         if machine is None:
             return 0
         ended = [key for key, held in self._credentials.items() if held.machine == machine and held.role == role]
         for key in ended:
-            self._vault.delete_credential(key)
+            self._credential_rows.delete(key)
             del self._credentials[key]
         return len(ended)
 
     def _forget_spent_tokens(self) -> None:
         horizon = self._clock() - SPENT_TOKEN_KEPT_S
         for key in [token.key for token in self._tokens.values() if token.expires_at_s < horizon]:
-            self._vault.delete_token(key)
+            self._token_rows.delete(key)
             del self._tokens[key]
 
 

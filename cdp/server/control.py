@@ -21,6 +21,7 @@ import asyncio
 import itertools
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -62,19 +63,17 @@ class PeerState:
 @dataclass(slots=True)
 class _Session:
     socket: web.WebSocketResponse
-    principal: str
     pending: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-HelloHandler = Callable[[str, Slot, Hello], Awaitable[None]]
-ReportHandler = Callable[[str, Slot, AgentReport | StandbyReport], None]
+HelloHandler = Callable[[uuid.UUID, Slot, Hello], Awaitable[None]]
 
 
 class Hub:
     """All control connections. Lives in one event loop.
 
-    ``on_hello`` may refuse a peer by raising a ``CdpError``; ``on_report`` is told of each report.
+    ``on_hello`` may refuse a peer by raising a ``CdpError``.
     """
 
     def __init__(
@@ -82,39 +81,37 @@ class Hub:
         *,
         peers_max: int,
         on_hello: HelloHandler,
-        on_report: ReportHandler,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._peers_max = peers_max
         self._on_hello = on_hello
-        self._on_report = on_report
         self._clock = clock
-        self._sessions: dict[tuple[str, Slot], _Session] = {}
-        self._states: dict[tuple[str, Slot], PeerState] = {}
+        self._sessions: dict[tuple[uuid.UUID, Slot], _Session] = {}
+        self._states: dict[tuple[uuid.UUID, Slot], PeerState] = {}
         self._arrival = asyncio.Condition()
         self._numbers = itertools.count(1)
         self._closing = False
 
     # --- asking ---------------------------------------------------------------------------------------------------
-    def state(self, machine: str, slot: Slot) -> PeerState:
+    def state(self, machine: uuid.UUID, slot: Slot) -> PeerState:
         """The last known state; an empty one if the peer was never seen since the server started."""
         return self._states.get((machine, slot), PeerState())
 
-    def is_connected(self, machine: str, slot: Slot) -> bool:
+    def is_connected(self, machine: uuid.UUID, slot: Slot) -> bool:
         return (machine, slot) in self._sessions
 
-    def silent_for_s(self, machine: str, slot: Slot) -> float | None:
+    def silent_for_s(self, machine: uuid.UUID, slot: Slot) -> float | None:
         """Seconds since the peer was last heard; None if never since the server started."""
         state = self._states.get((machine, slot))
         return None if state is None else max(0.0, self._clock() - state.last_heard_s)
 
-    def forget(self, machine: str) -> None:
+    def forget(self, machine: uuid.UUID) -> None:
         for key in [key for key in self._states if key[0] == machine and key not in self._sessions]:
             del self._states[key]
 
     # --- calling --------------------------------------------------------------------------------------------------
     async def call(
-        self, machine: str, slot: Slot, verb: str, args: dict[str, Any], deadline_s: float
+        self, machine: uuid.UUID, slot: Slot, verb: str, args: dict[str, Any], deadline_s: float
     ) -> dict[str, Any]:
         """What the peer answers. Raises its own typed error, ``PeerAway`` if it was not connected by the deadline, or
         ``CallTimedOut`` if it did not answer by then."""
@@ -127,7 +124,7 @@ class Hub:
             if answer is not None:
                 return answer
 
-    async def _session(self, machine: str, slot: Slot, end: float, *, asked: bool, verb: str) -> _Session:
+    async def _session(self, machine: uuid.UUID, slot: Slot, end: float, *, asked: bool, verb: str) -> _Session:
         async with self._arrival:
             try:
                 async with asyncio.timeout(max(0.0, end - time.monotonic())):
@@ -154,7 +151,7 @@ class Hub:
         try:
             call = Call(id=number, verb=verb, args=args, deadline_s=max(0.1, left))
             try:
-                await session.socket.send_bytes(msgspec.json.encode(call))
+                await session.socket.send_str(msgspec.json.encode(call).decode())
             except ConnectionError:
                 return None
             waiting: list[asyncio.Future[Any]] = [answer, gone]
@@ -176,7 +173,7 @@ class Hub:
             answer.cancel()
 
     # --- serving --------------------------------------------------------------------------------------------------
-    async def serve(self, request: web.Request, machine: str, role: str, credential: str) -> web.WebSocketResponse:
+    async def serve(self, request: web.Request, machine: uuid.UUID, role: str) -> web.WebSocketResponse:
         """Serve one peer until it leaves, is replaced, or breaks the protocol."""
         if len(self._sessions) >= self._peers_max or self._closing:
             raise Unavailable("The server takes no more control connections now.", remedy="Try again later.")
@@ -185,14 +182,14 @@ class Hub:
         )
         await socket.prepare(request)
         try:
-            await self._converse(socket, machine, role, credential)
+            await self._converse(socket, machine, role)
         except CdpError as error:
             log.warning("control: machine %s, %s: %s", machine, role, error)
             # The close reason carries at most 123 bytes: the code, which is what a program needs.
             await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
         return socket
 
-    async def _converse(self, socket: web.WebSocketResponse, machine: str, role: str, credential: str) -> None:
+    async def _converse(self, socket: web.WebSocketResponse, machine: uuid.UUID, role: str) -> None:
         try:
             async with asyncio.timeout(HELLO_DEADLINE_S):
                 hello = await self._next(socket)
@@ -206,7 +203,7 @@ class Hub:
             raise UnexpectedFrame("A text of the Hello is too long.", remedy="Upgrade the peer.")
         slot: Slot = "pe" if hello.role == "pe" else "taken-over" if hello.taken_over else "agent"
         await self._on_hello(machine, slot, hello)
-        session = _Session(socket, credential)
+        session = _Session(socket)
         await self._enter(machine, slot, session, hello)
         try:
             while (message := await self._next(socket)) is not None:
@@ -216,7 +213,7 @@ class Hub:
             session.gone.set()
             await self._leave(machine, slot, session)
 
-    async def _enter(self, machine: str, slot: Slot, session: _Session, hello: Hello) -> None:
+    async def _enter(self, machine: uuid.UUID, slot: Slot, session: _Session, hello: Hello) -> None:
         key = (machine, slot)
         old = self._sessions.get(key)
         async with self._arrival:
@@ -233,19 +230,18 @@ class Hub:
             old.gone.set()
             await old.socket.close(code=WSCloseCode.GOING_AWAY, message=b"replaced")
 
-    async def _leave(self, machine: str, slot: Slot, session: _Session) -> None:
+    async def _leave(self, machine: uuid.UUID, slot: Slot, session: _Session) -> None:
         if self._sessions.get((machine, slot)) is session:
             del self._sessions[machine, slot]
             self._states[machine, slot].connected = False
             log.info("control: %s of machine %s is gone", slot, machine)
 
-    def _take(self, machine: str, slot: Slot, session: _Session, message: FromPeer) -> None:
+    def _take(self, machine: uuid.UUID, slot: Slot, session: _Session, message: FromPeer) -> None:
         match message:
             case AgentReport() | StandbyReport():
                 if isinstance(message, StandbyReport) != (slot == "pe"):
                     raise UnexpectedFrame("The report is one of another role.", remedy="Upgrade the peer.")
                 self._states[machine, slot].report = message
-                self._on_report(machine, slot, message)
             case Result():
                 answer = session.pending.get(message.id)
                 if answer is not None and not answer.done():
@@ -270,7 +266,7 @@ class Hub:
             ) from None
         return message
 
-    async def drop(self, machine: str, slot: Slot) -> None:
+    async def drop(self, machine: uuid.UUID, slot: Slot) -> None:
         """Close a peer's connection, because its credential was revoked."""
         session = self._sessions.get((machine, slot))
         if session is not None:
