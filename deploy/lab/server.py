@@ -1,0 +1,69 @@
+"""The backup server in its namespace, and the operator's ``cdp`` beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from deploy.lab import layout
+from deploy.lab.errors import LabFailed
+from deploy.lab.layout import Layout, host
+from deploy.lab.network import inside
+from deploy.lab.programs import Processes, run, wait_until
+
+PROCESS = "server"
+START_DEADLINE_S = 30.0
+
+
+def start(lab: Layout, processes: Processes) -> None:
+    """Start ``cdp server`` and wait until it listens."""
+    names = ", ".join(f'"{host(address)}"' for address in layout.SERVER_ADDRESSES)
+    lab.server_config.write_text(
+        f'directory = "{lab.server_dir}"\nurl = "{layout.SERVER_URL}"\n\n[tls]\nnames = [{names}]\n\n'
+        # Small and sparse beside a lab's disk.
+        "[store]\nfile_bytes = 67108864\n"
+    )
+    process = processes.start(
+        PROCESS, inside(lab.server_namespace, *cdp_command(), "server", "--config", str(lab.server_config))
+    )
+
+    def listens() -> bool:
+        processes.check(process)
+        return b":1D13 " in Path(f"/proc/{process.pid}/net/tcp").read_bytes() + _tcp6(process.pid)
+
+    wait_until(listens, START_DEADLINE_S, "the server's start", remedy=f"See {lab.logs / 'server.log'}.")
+
+
+def cdp(lab: Layout, *arguments: str, deadline_s: float = 60.0) -> str:
+    """Run the operator's command line at the server."""
+    return run(cdp_as_operator(lab, *arguments), deadline_s=deadline_s)
+
+
+def cdp_json(lab: Layout, *arguments: str) -> Any:
+    """The same with --json, decoded."""
+    text = cdp(lab, *arguments, "--json")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LabFailed(f"cdp {' '.join(arguments)} --json did not answer with JSON: {text[:500]}") from error
+
+
+def cdp_as_operator(lab: Layout, *arguments: str) -> list[str]:
+    return inside(
+        lab.server_namespace,
+        *("env", f"HOME={lab.operator_home}", f"XDG_CONFIG_HOME={lab.operator_home / '.config'}"),
+        *cdp_command(),
+        *arguments,
+    )
+
+
+def cdp_command() -> list[str]:
+    """``cdp`` of the environment that runs the lab."""
+    return [os.fspath(Path(sys.executable).with_name("cdp"))]
+
+
+def _tcp6(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/net/tcp6").read_bytes()
