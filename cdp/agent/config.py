@@ -19,6 +19,9 @@ from cdp.agent.errors import ConfigInvalid
 DEFAULT_PATH = Path("/etc/cdp/agent.toml")
 
 
+SPOOL_BYTES_MIN = 32 << 20
+
+
 class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     pass
 
@@ -26,8 +29,9 @@ class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class CaptureConfig(_Section):
     ring_bytes: int = 16 << 20
     """Kernel memory between the block layer and the drainer. 16 MiB lost nothing at 400 MB/s; 64 MiB for bursts."""
-    raw_spool_bytes: int = 128 << 20
-    """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory."""
+    raw_spool_bytes: int | None = None
+    """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory. Default:
+    128 MiB, but at most a sixteenth of the memory."""
     pin_dir: Path = Path("/sys/fs/bpf/cdp")
     """Where programs and maps are pinned, so that capture outlives the agent's processes."""
 
@@ -36,8 +40,9 @@ class SpoolConfig(_Section):
     directory: Path | None = None
     """Sealed segments that the server has not got. Default: ``spool`` in the runtime directory. Never on a protected
     disk."""
-    bytes: int = 256 << 20
-    """Bounds it. When it is full the agent goes on capturing but drops, and resyncs the dropped ranges later."""
+    bytes: int | None = None
+    """Bounds it. When it is full the agent goes on capturing but drops, and resyncs the dropped ranges later. Default:
+    256 MiB, but at most an eighth of the memory."""
 
 
 class CopyConfig(_Section):
@@ -95,8 +100,8 @@ class AgentConfig(_Section):
             ("disks", not self.disks, "must name at least one disk"),
             ("disks", len(set(self.disks)) != len(self.disks), "names a disk twice"),
             ("segment_s", not 0.1 <= self.segment_s <= 60, "must be between 0.1 and 60"),
-            ("spool.bytes", self.spool.bytes < 32 << 20, "must be at least 32 MiB: segments are up to 20 MiB"),
-            ("capture.raw_spool_bytes", self.capture.raw_spool_bytes < 32 << 20, "must be at least 32 MiB"),
+            ("spool.bytes", _below(self.spool.bytes), "must be at least 32 MiB: a segment may have 21"),
+            ("capture.raw_spool_bytes", _below(self.capture.raw_spool_bytes), "must be at least 32 MiB"),
             ("copy.mb_per_s_max", self.copy.mb_per_s_max < 0, "must not be negative"),
             ("metrics.port", not 0 <= self.metrics.port <= 65535, "is not a port"),
         ):
@@ -110,6 +115,10 @@ class AgentConfig(_Section):
     @property
     def spool_dir(self) -> Path:
         return self.spool.directory or self.runtime_dir / "spool"
+
+
+def _below(value: int | None) -> bool:
+    return value is not None and value < SPOOL_BYTES_MIN
 
 
 def load(path: Path = DEFAULT_PATH) -> AgentConfig:
@@ -154,12 +163,12 @@ disks = [{listed}]
 
 [capture]
 # ring_bytes = 16777216          # kernel memory; 67108864 for machines with long bursts
-# raw_spool_bytes = 134217728
+# raw_spool_bytes = 134217728    # default: at most a sixteenth of the memory
 # pin_dir = "/sys/fs/bpf/cdp"
 
 [spool]
 # directory = "/run/cdp/spool"   # or a directory on a disk that is not protected
-# bytes = 268435456              # how much the server may be behind before a resync is needed
+# bytes = 268435456              # how far the server may be behind; default: at most an eighth of the memory
 
 [copy]
 # mb_per_s_max = 200             # of a seed or resync; 0: no limit

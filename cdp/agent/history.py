@@ -22,18 +22,25 @@ from journal.position import Position
 from journal.wire import DiskInfo
 
 
-def may_continue(cursor: Cursor, machine: uuid.UUID, boot: str, capture: str, disks: Sequence[Geometry]) -> bool:
+Key = tuple[str, str, str]
+"""Machine, boot, capture: a cursor means something only under the same three."""
+
+
+def may_continue(cursor: Cursor, key: Key, disks: Sequence[Geometry]) -> bool:
     """Disks that were added at the end are no obstacle: they become dirty."""
     known = cursor.disks == list(disks[: len(cursor.disks)])
-    return known and (cursor.machine, cursor.boot_id, cursor.capture) == (str(machine), boot, capture)
+    return known and (cursor.machine, cursor.boot_id, cursor.capture) == key
 
 
 def new_disks(cursor: Cursor, disks: Sequence[Geometry]) -> list[int]:
     return [disk.index for disk in disks[len(cursor.disks) :]]
 
 
-def first_round(machine: uuid.UUID, tip: Position, drop_generation: int, reason: str, todo: DirtyMap) -> Round:
+def first_round(
+    machine: uuid.UUID, tip: Position, drop_generation: int, reason: str, disks: Sequence[Geometry]
+) -> Round:
     """The copy that a history on ``tip`` begins with, when nothing is known of what the disks hold."""
+    todo = DirtyMap(disks)
     todo.mark_all()
     empty = tip == Position.genesis(machine, tip.generation, None)
     return Round(
@@ -42,7 +49,24 @@ def first_round(machine: uuid.UUID, tip: Position, drop_generation: int, reason:
         drop_generation=drop_generation,
         todo=todo.pack(),
         complete=True,
-        total_bytes=todo.total_bytes,
+        total_bytes=sum(disk.size_bytes for disk in disks),
+    )
+
+
+def first_cursor(key: Key, disks: list[Geometry], tip: Position, raw: int, current: Round) -> Cursor:
+    """At the beginning of a history: nothing is sealed, ``current`` copies everything."""
+    machine, boot_id, capture = key
+    return Cursor(
+        machine=machine,
+        boot_id=boot_id,
+        capture=capture,
+        disks=disks,
+        tip=str(tip),
+        sealed_at_ns=0,
+        raw=raw,
+        resume=raw,
+        dealt=current.drop_generation,
+        round=current,
     )
 
 
@@ -52,10 +76,11 @@ def stands_on(machine: uuid.UUID, tip: Position, ours: Position) -> bool:
 
 
 def check_disks(disks: Sequence[Geometry], known: Sequence[DiskInfo]) -> None:
-    """Raise ``DiskChanged`` if the server knows a disk of ours with another size."""
+    """Raise ``DiskChanged`` if a disk of ours is smaller than the server knows it. A larger one is no obstacle: the
+    server learns its size from our Hello."""
     sizes = {disk.index: disk.size_bytes for disk in known}
     for disk in disks:
-        if sizes.get(disk.index, disk.size_bytes) != disk.size_bytes:
+        if sizes.get(disk.index, disk.size_bytes) > disk.size_bytes:
             raise DiskChanged(
                 f"Disk {disk.index} has {disk.size_bytes} bytes; its history was begun with {sizes[disk.index]}.",
                 remedy="Give it its old size, or protect the machine anew: 'cdp protect' starts a new history.",

@@ -83,7 +83,7 @@ class Pipeline:
         self._segment_s = segment_s
         self._sealed = sealed
         self._sealer = Sealer(machine, spool, raw)
-        self._capture = f"{session.capture_id:016x}"
+        self._key = (str(machine), status.boot_id, f"{session.capture_id:016x}")
         self._cursor: Cursor | None = None
         self._dropping: Dropping | None = "no-history"
         self._held_until = 0.0
@@ -102,9 +102,7 @@ class Pipeline:
     def adopt(self) -> bool:
         """Go on where an earlier process stopped; False if there is nothing to go on with. Before ``run``."""
         cursor = self._spool.open()
-        if cursor is None or not history.may_continue(
-            cursor, self._machine, self._status.boot_id, self._capture, self._disks
-        ):
+        if cursor is None or not history.may_continue(cursor, self._key, self._disks):
             self._spool.discard()
             return False
         rounds = self._rounds
@@ -149,19 +147,8 @@ class Pipeline:
         rounds = self._rounds
         rounds.dirty.clear()
         rounds.dealt = generation
-        current = history.first_round(self._machine, tip, generation, reason, type(rounds.dirty)(self._disks))
-        self._cursor = Cursor(
-            machine=str(self._machine),
-            boot_id=self._status.boot_id,
-            capture=self._capture,
-            disks=self._disks,
-            tip=str(tip),
-            sealed_at_ns=0,
-            raw=start,
-            resume=start,
-            dealt=generation,
-            round=current,
-        )
+        current = history.first_round(self._machine, tip, generation, reason, self._disks)
+        self._cursor = history.first_cursor(self._key, self._disks, tip, start, current)
         self._spool.commit(self._cursor)
         self._raw.release(start)
         rounds.begin(current)
@@ -200,9 +187,7 @@ class Pipeline:
                 return  # there is nothing to compare with, or a comparison follows anyway
             rounds = self._rounds
             generation = self._session.losses().generation
-            current = history.first_round(
-                self._machine, self._cursor.position, generation, reason, type(rounds.dirty)(self._disks)
-            )
+            current = history.first_round(self._machine, self._cursor.position, generation, reason, self._disks)
             # Even right after a genesis this must not leave zeros out: something may have been sealed on top of it.
             current.kind, current.reason = "compare", reason
             rounds.dirty.clear()

@@ -3,10 +3,10 @@
 What the server says when we ask where it stands, with ``ours`` the last sealed position:
 
     server                                        then
-    live generation is newer, or we are fenced    SUPERSEDED: stop, give up the addresses
+    we are fenced                                 SUPERSEDED: stop, give up the addresses
     its tip is ours                               all is there
     its tip is before ours, the rest is spooled   push the rest
-    anything else                                 DIVERGED: the histories do not meet; compare and go on at its tip
+    anything else, a newer generation included    DIVERGED: the histories do not meet; compare and go on at its tip
 
 Segments that the server acknowledged are deleted; those that it has after all (an answer was lost) as well.
 """
@@ -51,12 +51,12 @@ class Standing(Enum):
 
 def compare(state: wire.MachineState, ours: Position, spooled: Sequence[Spooled]) -> Standing:
     """Where we stand towards the server; the table above."""
-    if state.fenced or state.generation > ours.generation:
+    if state.fenced:
         return Standing.SUPERSEDED
     tip = Position.parse(state.tip)
     if tip == ours:
         return Standing.CONTINUES
-    if state.generation < ours.generation or tip.seq >= ours.seq:
+    if tip.generation != ours.generation or tip.seq >= ours.seq:
         return Standing.DIVERGED
     if not spooled or spooled[0].position.seq > tip.seq + 1:
         return Standing.DIVERGED
@@ -71,7 +71,8 @@ class Server(Protocol):
 
 
 class Pusher:
-    """``superseded`` and ``diverged`` are awaited before anything else is sent."""
+    """``superseded`` and ``diverged`` are awaited before anything else is sent; ``news`` is set when there is something
+    new in the spool."""
 
     def __init__(
         self,
@@ -80,9 +81,10 @@ class Pusher:
         status: Status,
         *,
         tip: Callable[[], Position | None],
-        superseded: Callable[[wire.MachineState | None], Awaitable[None]],
+        superseded: Callable[[wire.MachineState], Awaitable[None]],
         diverged: Callable[[str], Awaitable[None]],
         addresses: Callable[[list[str]], None],
+        news: asyncio.Event,
     ) -> None:
         self._spool = spool
         self._server = server
@@ -91,7 +93,7 @@ class Pusher:
         self._superseded = superseded
         self._diverged = diverged
         self._addresses = addresses
-        self._news = asyncio.Event()
+        self._news = news
         self._stored = asyncio.Condition()
         self.paused = False
         """Set while this machine is fenced: nothing may be pushed."""
@@ -150,18 +152,14 @@ class Pusher:
                 answer = await self._server.put_segment(entry.position, entry.path, entry.segment_bytes)
             except FileNotFoundError:
                 return  # the history was restarted meanwhile
-            except StaleGeneration:
-                await self._superseded(None)
-                return
             except (PositionFork, UnknownGeneration, SegmentDamaged, ForeignSegment) as error:
                 self._fail(error)
                 await self._diverged(error.code)
                 return
-            except PositionGap:
-                return  # ask again where the server stands
+            except (PositionGap, StaleGeneration):
+                return  # ask where the server stands
             self._connected()
-            if entry.recovery_point:
-                self._status.stored_at_s = entry.sealed_at_ns / 1e9
+            self._status.stored_at_s = entry.sealed_at_ns / 1e9
             await self._acknowledge(Position.parse(answer.position))
 
     async def _acknowledge(self, position: Position) -> None:

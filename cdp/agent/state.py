@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +21,8 @@ from cdp.agent.dirty import Geometry, Round
 from cdp.agent.errors import NotJoined
 from journal.position import Position
 
+Mode = Literal["postgresql", "freeze", "hooks", "none"]
+"""How the machine's services are quiesced; ``quiesce.py``."""
 _StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
 
@@ -51,7 +53,7 @@ class Fence(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     removed: list[str] = []
     devices: dict[str, str] = {}
     routes: list[dict[str, Any]] = []
-    quiesced: str | None = None
+    quiesced: Mode | None = None
 
 
 class Addresses(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

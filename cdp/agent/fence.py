@@ -1,0 +1,95 @@
+"""This side of the fence: giving the service addresses up for good, and taking them back.
+
+    fence     note it durably · take the addresses off     answered when both are done: only then is it a fence
+    guard     at every start, before the network serves: what is noted is enforced again
+    unfence   put the addresses back · delete the note     last, so that a crash leaves this side fenced
+
+An agent that learns that it was superseded (the server started a newer generation for the other side) fences itself the
+same way, with the addresses that the server last told it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from cdp.agent.state import Fence, Mode, StateDir
+from journal.position import Position
+from standby.takeover import address
+from standby.takeover.address import Evidence
+
+log = logging.getLogger(__name__)
+
+
+class Fencer:
+    """The note is the truth; ``self.fence`` mirrors it."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._state = state
+        self.fence: Fence | None = state.fence()
+
+    async def raise_(
+        self, generation: int, addresses: Sequence[str], tip: Position | None, quiesced: Mode | None
+    ) -> dict[str, Any]:
+        """Fence this machine. The evidence, JSON-serialisable: ``removed``, ``absent``, ``remaining``, …"""
+        before = self.fence
+        fence = Fence(
+            generation=generation,
+            addresses=list(addresses),
+            tip=None if tip is None else str(tip),
+            quiesced=quiesced or (None if before is None else before.quiesced),
+            removed=[] if before is None else before.removed,
+            devices={} if before is None else before.devices,
+            routes=[] if before is None else before.routes,
+        )
+        self.fence = fence
+        _, evidence = await asyncio.gather(
+            asyncio.to_thread(self._state.save_fence, fence), asyncio.to_thread(address.remove, addresses)
+        )
+        await self._note(evidence)
+        log.warning("fenced for generation %d: removed %s", generation, ", ".join(evidence.removed) or "no address")
+        return evidence.as_dict() | {"removed": sorted({*fence.removed, *evidence.removed})}
+
+    async def enforce(self) -> None:
+        """Take off whatever has come back: a network manager may restore what it was configured with."""
+        if self.fence is not None:
+            await self._note(await asyncio.to_thread(address.remove, self.fence.addresses))
+
+    async def lift(self, addresses: Sequence[str]) -> None:
+        """Put the addresses back where they were. The note is deleted by ``forget``, when all else is done."""
+        fence = self.fence
+        if fence is None:
+            return
+        by_device: dict[str | None, list[str]] = {}
+        where = {text.partition("/")[0]: device for text, device in fence.devices.items()}
+        for text in addresses:
+            by_device.setdefault(where.get(text.partition("/")[0]), []).append(text)
+        for device, mine in by_device.items():
+            await asyncio.to_thread(address.add, mine, device, fence.routes)
+
+    async def announce(self, addresses: Sequence[str]) -> None:
+        """Tell the neighbours, several times within seconds."""
+        for text, device in (await asyncio.to_thread(address.holds, addresses)).items():
+            await asyncio.to_thread(address.announce, [text], device)
+
+    async def forget(self) -> None:
+        await asyncio.to_thread(self._state.save_fence, None)
+        self.fence = None
+
+    async def _note(self, evidence: Evidence) -> None:
+        """Remember what was taken off, to be able to undo it."""
+        fence = self.fence
+        if fence is None or not evidence.removed:
+            return
+        fence.removed = sorted({*fence.removed, *evidence.removed})
+        fence.devices |= evidence.devices
+        fence.routes += evidence.routes
+        await asyncio.to_thread(self._state.save_fence, fence)
+
+
+def guard(state: StateDir) -> Evidence | None:
+    """For the boot guard (``cdp agent guard``): enforce the fence, without an agent. None if there is none."""
+    fence = state.fence()
+    return None if fence is None else address.remove(fence.addresses)
