@@ -7,7 +7,7 @@ which no range in practice reaches; merging is by key and checked against it).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -42,8 +42,8 @@ def offsets_of(starts: U64) -> U64:
 class Intervals:
     """Half-open ``[starts, ends)``, sorted, disjoint and not touching each other. Immutable."""
 
-    starts: U64 = _NONE
-    ends: U64 = _NONE
+    starts: U64 = field(default_factory=lambda: _NONE)
+    ends: U64 = field(default_factory=lambda: _NONE)
 
     def __len__(self) -> int:
         return len(self.starts)
