@@ -9,6 +9,7 @@ gone when the ``with`` block ends. On failure the ends of all logs are printed.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import secrets
 import shutil
@@ -26,7 +27,7 @@ import msgspec
 from cdp.agent import enrol
 from cdp.server import messages
 from cdp.server.auth import Authenticator
-from cdp.server.tls import Authority
+from cdp.server.tls import open_authority
 from cdp.store import Store
 from tests.harness.client import Client
 from tests.harness.load import Churn
@@ -36,6 +37,9 @@ from tests.harness.observed import CONSUMER, NAME, Observed
 from tests.harness.process import Program
 from tests.harness.standby import StandbyConfig
 from tests.harness.wait import wait_until
+
+STORE_FILE_BYTES = 64 << 20
+STORE_MAP_BYTES = 1 << 30
 
 
 def new_seed() -> int:
@@ -139,15 +143,13 @@ class Plant(Observed):
         token = self.client.add_machine(NAME)
         assert token.machine is not None
         self.machine = uuid.UUID(token.machine)
-        enrol.join(
-            self.url, token.token, state_dir=self.work_dir / "state", config=self._agent_toml, name=NAME, disks=[]
-        )
         self._agent_toml.write_text(self._agent_config())
+        enrol.join(self.url, token.token, state_dir=self.work_dir / "state", config_path=self._agent_toml, name=NAME)
         self.server.stop()
         # The server puts a standby's credential into the PE's configuration disk; here there is no VM to carry it,
         # so it is issued by the same code into the closed store.
-        with Store.open(self._server_dir / "store") as store:
-            authority = Authority.open(self._server_dir)
+        with Store.open(self._server_dir / "store", file_bytes=STORE_FILE_BYTES, map_bytes=STORE_MAP_BYTES) as store:
+            authority = open_authority(self._server_dir / "tls", datetime.datetime.now(datetime.UTC))
             auth = Authenticator(store.tokens, store.credentials, authority.fingerprint, time.time)
             standby = auth.issue("pe", self.machine, NAME)
         self._standby_json.write_bytes(
@@ -168,7 +170,7 @@ class Plant(Observed):
     def protect(self) -> None:
         """As soon as the agent has told its disks."""
         self._wait(lambda: self.status().disks, 30, "the agent's report of its disks")
-        self.client.protect(NAME, tuple(str(disk.device) for disk in self.disks))
+        self.client.protect(NAME, tuple(disk.device.name for disk in self.disks))
 
     def start_server(self) -> None:
         self.server.start(supervised=True)
@@ -252,8 +254,8 @@ class Plant(Observed):
             port = {self._port}
             url = "{self.url}"
             [store]
-            file_bytes = {64 << 20}
-            map_bytes = {1 << 30}
+            file_bytes = {STORE_FILE_BYTES}
+            map_bytes = {STORE_MAP_BYTES}
         """
 
     def _agent_config(self) -> str:

@@ -39,7 +39,9 @@ def test_an_overflow_is_shown_and_closed_every_time() -> None:
             since = [header for header in plant.history() if before < header.position <= last]
             assert any(header.flags & Flags.FUZZY for header in since), "writes were lost and nothing was fuzzy"
             plant.wait_applied(last)
-            for position in [header.position for header in since if header.is_recovery_point]:
+            points = [header.position for header in since if header.is_recovery_point]
+            # The first may lie within the load; those around the gap are the ones that could be false.
+            for position in sorted({points[0], *points[-2:]}):
                 pair = plant.recover_all(position)
                 churn.explain(pair, plant.sealed_ns(position))
                 if position == last:
