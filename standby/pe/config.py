@@ -1,12 +1,14 @@
-"""What the hypervisor side tells the PE: one small read-only disk, with the serial ``cdp-config``, that holds JSON.
+"""What the hypervisor side tells the PE: one small read-only disk, with the serial ``cdp-config``.
 
-The disk is the JSON text, padded with zeros to whole sectors: nothing has to be mounted or parsed beside it. The target
-disks are told apart by their serials, whatever order the kernel finds them in.
+The disk is a tar archive with one member, ``pe.json`` (written by ``standby.target.config_disk``). The target disks are
+told apart by their serials, whatever order the kernel finds them in.
 """
 
 from __future__ import annotations
 
+import io
 import ipaddress
+import tarfile
 import uuid
 from pathlib import Path
 from typing import Final
@@ -17,7 +19,7 @@ from journal.errors import CdpError
 
 CONFIG_SERIAL: Final = "cdp-config"
 CONFIG_BYTES_MAX: Final = 1 << 20
-_SECTOR_BYTES: Final = 512
+_MEMBER: Final = "pe.json"
 
 
 class PeMisconfigured(CdpError):
@@ -63,22 +65,17 @@ class PeConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
         if not self.disks or len({disk.index for disk in self.disks}) != len(self.disks):
             raise ValueError("there are no disks, or two with one number")
 
-    def to_disk(self) -> bytes:
-        """The content of the configuration disk."""
-        text = msgspec.json.encode(self)
-        if len(text) > CONFIG_BYTES_MAX:
-            raise ValueError(f"a PE's configuration has at most {CONFIG_BYTES_MAX} bytes")
-        return text + bytes(-len(text) % _SECTOR_BYTES)
-
 
 def load(path: Path) -> PeConfig:
     """Read the configuration disk. Raises ``PeMisconfigured``."""
-    with path.open("rb") as disk:
-        text = disk.read(CONFIG_BYTES_MAX).rstrip(b"\0")
     try:
-        return msgspec.json.decode(text, type=PeConfig)
-    except (msgspec.DecodeError, ValueError) as error:
-        # The text holds a secret: only the position and the sort of the mistake are told.
+        with path.open("rb") as disk:
+            content = io.BytesIO(disk.read(CONFIG_BYTES_MAX))
+        with tarfile.open(fileobj=content, mode="r:") as tar:
+            member = tar.extractfile(_MEMBER)
+            return msgspec.json.decode(b"" if member is None else member.read(), type=PeConfig)
+    except (OSError, KeyError, tarfile.TarError, msgspec.DecodeError, ValueError) as error:
+        # The text holds a secret: msgspec tells the place and the sort of a mistake, never the value.
         raise PeMisconfigured(
             f"The configuration disk {path} cannot be read: {error}.",
             remedy="Define the standby again: 'cdp standby define'.",

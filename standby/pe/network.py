@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -15,8 +16,14 @@ _ETHERNET = 1  # ARPHRD_ETHER
 _IFA_F_NODAD = 0x02
 
 
-def bring_up(network: PeNetwork) -> str:
-    """The name of the interface that now has the address. Raises ``PeMisconfigured`` if there is none."""
+@dataclass(frozen=True, slots=True)
+class Card:
+    name: str
+    mac: str
+
+
+def bring_up(network: PeNetwork) -> Card:
+    """The interface that now has the address. Raises ``PeMisconfigured`` if there is none."""
     address = ipaddress.ip_interface(network.address)
     with IPRoute() as ip:
         links = [link for link in ip.get_links() if link["ifi_type"] == _ETHERNET]
@@ -37,7 +44,7 @@ def bring_up(network: PeNetwork) -> str:
             gateway = network.gateway
             everywhere = "default" if address.version == 4 else "::/0"
             _repeatable(lambda: ip.route("add", dst=everywhere, gateway=gateway, oif=index))
-        return str(links[0].get_attr("IFLA_IFNAME"))
+        return Card(links[0].get_attr("IFLA_IFNAME"), links[0].get_attr("IFLA_ADDRESS"))
 
 
 def _repeatable(act: Callable[[], object]) -> None:

@@ -66,7 +66,7 @@ class Observer(Protocol):
 
     def applied(self, extents: Extents) -> None: ...
 
-    async def recovery_point(self, position: Position) -> None:
+    async def recovery_point(self, position: Position, /) -> None:
         """The disks are consistent, flushed and stand still until this returns."""
         ...
 
