@@ -54,7 +54,6 @@ class Acts:
             Act.FINISH_BOOT: self._finish_boot,
             Act.PROBE: self._probe,
             Act.REDEFINE: self._redefine,
-            Act.ABORT_STANDBY: self._abort_standby,
             Act.UNFENCE: self._unfence,
             Act.THAW: self._thaw,
             Act.STOP_STANDBY: self._stop_standby,
@@ -74,7 +73,6 @@ class Acts:
             Act.SOURCE_GONE: limits.fence + self._spec.silence_s,
             Act.UNFENCE: limits.fence + limits.quiesce,  # it may start services
             Act.THAW: limits.quiesce,
-            Act.ABORT_STANDBY: limits.drain,
             Act.REDEFINE: limits.finish_boot,
             Act.STOP_STANDBY: limits.finish_boot,
             Act.RESTART_STANDBY: limits.finish_boot,
@@ -141,18 +139,7 @@ class Acts:
         return {"mode": self._spec.quiesce}
 
     async def _seal(self) -> Evidence:
-        return self._source_position(await self._ports.agent.seal(self._machine))
-
-    async def _fence_source(self) -> Evidence:
-        addresses = self._spec.service_addresses
-        evidence = await self._ports.agent.fence(self._machine, self._record.generation, addresses)
-        fence.check_source_fenced(evidence, addresses)
-        if (text := evidence.get("position")) is not None:
-            self._source_position(Position.parse(str(text)))
-        return evidence
-
-    def _source_position(self, position: Position) -> Evidence:
-        """The source's own last position: it must be one of the generation that ends now."""
+        position = await self._ports.agent.seal(self._machine)
         if position.generation != self._record.generation - 1:
             raise WrongPosition(
                 f"The source sealed {position.short}, but generation {self._record.generation - 1} is live.",
@@ -160,6 +147,12 @@ class Acts:
                 position=str(position),
             )
         return {"position": str(position)}
+
+    async def _fence_source(self) -> Evidence:
+        addresses = self._spec.service_addresses
+        evidence = await self._ports.agent.fence(self._machine, self._record.generation, addresses)
+        fence.check_source_fenced(evidence, addresses)
+        return evidence
 
     async def _source_gone(self) -> Evidence:
         """Wait for the silence that is required, then ask the addresses; see ``fence``."""
@@ -186,9 +179,17 @@ class Acts:
         return 0.0 if entry is None else self._ports.clock.now_s() - entry.started_s
 
     async def _cut(self) -> Evidence:
+        """Where the source's history ends: its last recovery point, which nothing can follow any more."""
         position = await self._ports.store.last_recovery_point(self._machine)
         if position is None:
             raise NotReady("There is no recovery point.", remedy="Only a seed that was completed can be taken over.")
+        sealed = self._record.last(Act.SEAL)
+        if sealed is not None and position < Position.parse(sealed.evidence["position"]):
+            raise WrongPosition(
+                f"The last recovery point is {position.short}, older than what the source sealed.",
+                remedy="See 'cdp status' for losses of the capture, and try again.",
+                position=str(position),
+            )
         return {"position": str(position)}
 
     async def _generation(self) -> Evidence:
@@ -279,10 +280,6 @@ class Acts:
         return {}
 
     # --- the ways back ----------------------------------------------------------------------------------------------
-    async def _abort_standby(self) -> Evidence:
-        await self._ports.pe.abort(self._machine, self._record.id)
-        return {}
-
     async def _unfence(self) -> Evidence:
         tip = await self._ports.store.live(self._machine)
         await self._ports.agent.unfence(self._machine, tip.generation, tip, self._spec.service_addresses)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 
 from standby.spec import MachineSpec
@@ -39,6 +39,8 @@ class TakeoverController:
         self._ports = ports
         self._new_id = new_id
         self._records: dict[str, TakeoverRecord] = {}
+        self._shown: dict[str, TakeoverRecord] = {}
+        """Copies as they are stored: nobody is told what a crash could take back."""
         self._drives: dict[str, Drive] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._saving = asyncio.Lock()
@@ -52,6 +54,7 @@ class TakeoverController:
             if record.id != takeover:
                 raise RecordDamaged(f"Record {takeover} calls itself {record.id}.", remedy="See 'cdp store check'.")
             self._records[record.id] = record
+            self._shown[record.id] = TakeoverRecord.decode(raw)
         await self._group.__aenter__()
         for record in self._records.values():
             if _has_work(record):
@@ -94,41 +97,38 @@ class TakeoverController:
             await self._save(record)
             self._records[record.id] = record
             self._drive(record)
-            return record
+            return self.record(record.id)
         finally:
             self._starting.discard(spec.machine)
 
     async def commit(self, takeover: str) -> TakeoverRecord:
         """The standby is the machine from now on. Raises ``TakeoverRefused``."""
-        record = self.record(takeover)
-        check_command(record, "commit", self._ports.clock.now_s())
+        record = self._checked(takeover, "commit")
         await self._finish(record, State.COMMITTED)
-        return record
+        return self.record(takeover)
 
     async def rollback(self, takeover: str) -> TakeoverRecord:
         """Back to the source; what was written on the standby is lost. Raises ``TakeoverRefused``.
 
         Before the point of no return this cancels the takeover.
         """
-        record = self.record(takeover)
-        check_command(record, "rollback", self._ports.clock.now_s())
+        record = self._checked(takeover, "rollback")
         record.rollback_requested = True
         await self._save(record)
         self._wake(record)
-        return record
+        return self.record(takeover)
 
     async def retry(self, takeover: str) -> TakeoverRecord:
         """Try again what stalled. Raises ``TakeoverRefused``."""
-        record = self.record(takeover)
-        check_command(record, "retry", self._ports.clock.now_s())
+        record = self._checked(takeover, "retry")
         _retry(record)
         await self._save(record)
         self._wake(record)
-        return record
+        return self.record(takeover)
 
     async def peer_connected(self, machine: str) -> None:
         """To be called when an agent or a PE connects: what stalled because it was away goes on."""
-        for record in self.of_machine(machine):
+        for record in [record for record in self._records.values() if record.machine == machine]:
             if record.stalled is not None and record.direction is not Direction.FORWARD:
                 await self.retry(record.id)
 
@@ -148,14 +148,14 @@ class TakeoverController:
 
     # --- asking -----------------------------------------------------------------------------------------------------
     def record(self, takeover: str) -> TakeoverRecord:
-        """Raises ``TakeoverUnknown``."""
-        if takeover not in self._records:
+        """As it is stored now, a copy. Raises ``TakeoverUnknown``."""
+        if takeover not in self._shown:
             raise TakeoverUnknown(f"There is no takeover {takeover}.", remedy="See 'cdp takeovers'.", takeover=takeover)
-        return self._records[takeover]
+        return self._shown[takeover]
 
     def of_machine(self, machine: str) -> list[TakeoverRecord]:
         """The newest first."""
-        mine = [record for record in self._records.values() if record.machine == machine]
+        mine = [record for record in self._shown.values() if record.machine == machine]
         return sorted(mine, key=lambda record: record.created_s, reverse=True)
 
     def latest(self, machine: str) -> TakeoverRecord | None:
@@ -177,26 +177,28 @@ class TakeoverController:
 
     async def settled(self, takeover: str) -> TakeoverRecord:
         """Wait until nothing more happens by itself: running, terminal or stalled."""
-        record = self.record(takeover)
-        async with self._changed:
-            await self._changed.wait_for(lambda: not _has_work(record) or record.stalled is not None)
-        return record
+        async for record in self.changes(takeover):
+            latest = record
+        return latest
 
-    async def changes(self, takeover: str) -> AsyncIterator[TakeoverRecord]:
-        """The record now and after each change, until it is at rest. The record is live: use it before the next."""
+    async def changes(self, takeover: str) -> AsyncGenerator[TakeoverRecord, None]:
+        """The record now and after each change, until nothing more happens by itself."""
         record = self.record(takeover)
         while True:
-            version = record.version
             yield record
-            if record.version == version and (not _has_work(record) or record.stalled is not None):
+            if record.version != self.record(takeover).version:
+                record = self.record(takeover)
+                continue
+            if record.stalled is not None or not _has_work(record):
                 return
             async with self._changed:
-                while record.version == version:
+                while self.record(takeover).version == record.version:
                     await self._changed.wait()
+            record = self.record(takeover)
 
     # --- inside -----------------------------------------------------------------------------------------------------
     async def _make_way(self, spec: MachineSpec, mode: Mode) -> None:
-        for record in self.of_machine(spec.machine):
+        for record in [record for record in self._records.values() if record.machine == spec.machine]:
             if record.state is State.RUNNING:
                 raise TakeoverActive(
                     f"Takeover {record.id} is running and neither committed nor rolled back.",
@@ -215,6 +217,12 @@ class TakeoverController:
                 state=record.state.value,
             )
 
+    def _checked(self, takeover: str, command: str) -> TakeoverRecord:
+        """The live record, if the command applies to it."""
+        self.record(takeover)
+        check_command(self._records[takeover], command, self._ports.clock.now_s())
+        return self._records[takeover]
+
     async def _finish(self, record: TakeoverRecord, state: State) -> None:
         record.move(state)
         record.stalled = None
@@ -225,7 +233,9 @@ class TakeoverController:
         """Durable first, visible to those who wait afterwards."""
         async with self._saving:  # in the order of the changes
             record.version += 1
-            await self._store.save(record.id, record.encode())
+            raw = record.encode()
+            await self._store.save(record.id, raw)
+            self._shown[record.id] = TakeoverRecord.decode(raw)
         async with self._changed:
             self._changed.notify_all()
 

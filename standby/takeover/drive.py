@@ -131,20 +131,15 @@ class Drive:
         log.info("takeover %s: %s", record.id, state)
 
     def _take(self, result: _Result) -> None:
-        """Write a result into the record, with what follows from it for the cut."""
+        """Write a result into the record, with what follows from it."""
         record, entry = self._record, result.entry
         self._running.pop(result.act, None)
         entry.outcome, entry.error = result.outcome, result.error
         entry.evidence = result.evidence or entry.evidence
         entry.ended_s = self._ports.clock.now_s()
         entry.elapsed_s = round(result.elapsed_s, 6)
-        if result.outcome is Outcome.DONE:
-            position = result.evidence.get("position")
-            if result.act in (Act.SEAL, Act.CUT, Act.FENCE_SOURCE) and position is not None:
-                record.cut = str(position)
-        drained = record.last(Act.DRAIN)
-        if drained is not None and drained.outcome is Outcome.DONE and drained.evidence.get("position") != record.cut:
-            drained.outcome = Outcome.RETRIED  # the source sealed once more while it was fenced
+        if result.act is Act.CUT and result.outcome is Outcome.DONE:
+            record.cut = str(result.evidence["position"])
 
     async def _bumped(self) -> bool | None:
         """Is the next generation live? None if the store does not say."""

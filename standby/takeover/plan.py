@@ -3,13 +3,17 @@
 Three graphs say which act needs which others to be done. Whatever has its needs met starts at once, so independent acts
 overlap:
 
-    planned     check ─ quiesce ─ seal ─┬─ fence-source ─ generation ─┬─ take-address ─┬─ finish-boot ─┬─ probe
-                                        └─ drain ────────────────────┴─ inject ───────┘               └─ redefine
-    unplanned   check ─ source-gone ─ cut ─ generation ─┬─ drain ─ inject ─┬─ finish-boot ─┬─ probe
-                                                        └─ take-address ───┘               └─ redefine
-    undo        abort-standby;  unfence ─ thaw                 (each only if its counterpart has begun)
+    planned     check ─ quiesce ─ seal ─ fence-source ─┐
+    unplanned   check ─ source-gone ───────────────────┴─ cut ─ generation ─┬─ drain ─ inject ─┬─ finish-boot ─┐
+                                                                            └─ take-address ───┘               │
+                                                                                            probe, redefine ───┘
+    undo        unfence ─ thaw                                 (each only if its counterpart has begun)
     rollback    stop-standby ─ generation-back ─┬─ unfence ─ thaw
                                                 └─ restart-standby
+
+The cut is the last recovery point after the source was fenced, not the one that was sealed: the source may have sealed
+once more (it does so when its writers can only be stopped by taking the address away), and the standby, which follows
+all the time, may have applied that already. For the same reason the drain costs next to nothing where it stands.
 
 Invariants, checked by ``check_invariants`` after every change of a record:
 
@@ -51,23 +55,17 @@ def _graph(**needs: str) -> Graph:
 
 
 _TAIL = {
-    "inject": "drain generation",
+    "generation": "cut",
+    "drain": "generation",
+    "inject": "drain",
     "take_address": "generation",
     "finish_boot": "inject take_address",
     "probe": "finish_boot",
     "redefine": "finish_boot",
 }
-PLANNED = _graph(
-    check="",
-    quiesce="check",
-    seal="quiesce",
-    fence_source="seal",
-    generation="fence_source",
-    drain="seal",
-    **_TAIL,
-)
-UNPLANNED = _graph(check="", source_gone="check", cut="source_gone", generation="cut", drain="generation", **_TAIL)
-UNDO = _graph(abort_standby="", unfence="", thaw="unfence")
+PLANNED = _graph(check="", quiesce="check", seal="quiesce", fence_source="seal", cut="fence_source", **_TAIL)
+UNPLANNED = _graph(check="", source_gone="check", cut="source_gone", **_TAIL)
+UNDO = _graph(unfence="", thaw="unfence")
 ROLLBACK = _graph(
     stop_standby="",
     generation_back="stop_standby",
@@ -76,7 +74,7 @@ ROLLBACK = _graph(
     restart_standby="generation_back",
 )
 
-UNDOES = {Act.ABORT_STANDBY: Act.DRAIN, Act.UNFENCE: Act.FENCE_SOURCE, Act.THAW: Act.QUIESCE}
+UNDOES = {Act.UNFENCE: Act.FENCE_SOURCE, Act.THAW: Act.QUIESCE}
 OPTIONAL = frozenset({Act.REDEFINE, Act.RESTART_STANDBY})
 """Their failure is shown but turns nothing around: the service is up without them."""
 NEVER_CANCELLED = frozenset({Act.CUT, Act.GENERATION, Act.GENERATION_BACK})

@@ -48,8 +48,8 @@ class AgentPort(Protocol):
         ...
 
     async def fence(self, machine: str, generation: int, addresses: Sequence[str]) -> dict[str, Any]:
-        """Stop sealing, give the addresses up, keep both across a reboot. Evidence: ``removed``, ``remaining`` and, if
-        the agent sealed once more after it gave them up, ``position``."""
+        """Give the addresses up, stop sealing, keep both across a reboot. Evidence: ``removed`` and ``remaining``
+        (must be empty). What the agent seals and stores after it gave the addresses up is taken over too."""
         ...
 
     async def unfence(self, machine: str, generation: int, tip: Position, addresses: Sequence[str]) -> None:
@@ -76,10 +76,6 @@ class PePort(Protocol):
 
     async def finish_boot(self, machine: str, takeover: str) -> None:
         """Returns just before kexec."""
-        ...
-
-    async def abort(self, machine: str, takeover: str) -> None:
-        """Back to following. Only used before anything was injected."""
         ...
 
 

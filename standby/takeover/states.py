@@ -19,7 +19,7 @@ Before the point of no return a failure leads to ``undoing`` and ``failed``: the
 happened. After it, a planned takeover can go through ``rolling-back`` to ``rolled-back``; anything else *stalls* in its
 state until a person retries.
 
-Phases overlap (the drain runs while the source is being fenced), so a state is the first phase that has not ended, and
+Phases overlap (the standby takes the address while it drains), so a state is the first phase that has not ended, and
 may skip those that have.
 """
 
@@ -75,7 +75,6 @@ class Act(StrEnum):
     FINISH_BOOT = "finish-boot"
     PROBE = "probe"
     REDEFINE = "redefine"
-    ABORT_STANDBY = "abort-standby"
     UNFENCE = "unfence"
     THAW = "thaw"
     STOP_STANDBY = "stop-standby"
@@ -85,7 +84,7 @@ class Act(StrEnum):
 
 class Outcome(StrEnum):
     """``interrupted``: the controller died meanwhile; ``cancelled``: given up because another act failed;
-    ``retried``: failed, or done for a cut that has moved since. These three may be begun again."""
+    ``retried``: failed, but somebody asked to try again. These three may be begun again."""
 
     DONE = "done"
     FAILED = "failed"
@@ -120,7 +119,6 @@ PHASE_OF: dict[Act, State] = {
     Act.FINISH_BOOT: State.FINISH_BOOT,
     Act.PROBE: State.PROBE,
     Act.REDEFINE: State.PROBE,
-    Act.ABORT_STANDBY: State.UNDOING,
     Act.UNFENCE: State.UNDOING,
     Act.THAW: State.UNDOING,
     Act.STOP_STANDBY: State.ROLLING_BACK,

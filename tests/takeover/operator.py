@@ -1,0 +1,107 @@
+"""The person and the process manager around a controller: starts it again whenever it dies, retries what stalls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from journal.errors import CdpError
+from standby.takeover.controller import TakeoverController
+from standby.takeover.record import Options, TakeoverRecord
+from standby.takeover.states import Act, Mode, State
+from tests.takeover.world import ADDRESS, Broken, Records, World
+
+LIVES_MAX = 60
+"""Lives of the controller until a schedule counts as one that never ends."""
+
+
+class Operator:
+    def __init__(self, world: World, mode: Mode, options: Options | None = None) -> None:
+        self.world = world
+        self.mode = mode
+        self.options = options or Options()
+        self.takeover: str | None = None
+        self.retries_left = 20
+        self.rolls_back = False
+
+    async def until_rest(self) -> TakeoverRecord:
+        """Live through kills and stalls until the takeover is at rest; the last record, as it is stored."""
+        for _ in range(LIVES_MAX):
+            if await self._life():
+                assert self.takeover is not None
+                return TakeoverRecord.decode(self.world.records[self.takeover])
+            self.world.restart()
+        raise AssertionError(f"no end after {LIVES_MAX} lives: {self.world.records}")
+
+    async def _life(self) -> bool:
+        """One life of the controller; True if the takeover came to rest in it."""
+        ids = iter(f"t{number}" for number in range(len(self.world.records) + 1, 1000))
+        rested = False
+        try:
+            async with TakeoverController(Records(self.world), self.world.ports(), lambda: next(ids)) as controller:
+                work = asyncio.create_task(self._work(controller))
+                killed = asyncio.create_task(self.world.killed.wait())
+                try:
+                    await asyncio.wait((work, killed), return_when=asyncio.FIRST_COMPLETED)
+                    rested = await work if work.done() else False
+                finally:
+                    work.cancel()
+                    killed.cancel()
+                    await asyncio.wait((work, killed))
+        except* Broken:
+            pass  # a record that could not be stored ends the process: that is a kill, too
+        return rested
+
+    async def _work(self, controller: TakeoverController) -> bool:
+        self.takeover = self.takeover or next(iter(self.world.records), None)
+        while self.takeover is None:
+            with contextlib.suppress(CdpError):
+                self.takeover = (await controller.take_over(self.world.spec, self.mode, actor="test",
+                                                            options=self.options)).id  # fmt: skip
+        while True:
+            record = await controller.settled(self.takeover)
+            if record.stalled is not None:
+                assert self.retries_left > 0, f"stalled for good: {record.stalled}"
+                self.retries_left -= 1
+                await asyncio.sleep(5)
+                if record.stalled is not None:
+                    await controller.retry(record.id)
+            elif record.state is State.RUNNING and self.rolls_back:
+                await self._serve_for_a_while()
+                await controller.rollback(record.id)
+                self.rolls_back = False
+            else:
+                return True
+
+    async def _serve_for_a_while(self) -> None:
+        for _ in range(10):
+            self.world.tick()
+
+
+def check_end(world: World, record: TakeoverRecord) -> None:
+    """What must be true of the world when a takeover is at rest."""
+    world.check()
+    source, standby = world.source, world.standby
+    for _ in range(5):
+        world.tick()
+    assert record.active is False and record.stalled is None
+    assert all(entry.outcome is not None for entry in record.entries)
+    if record.state is State.RUNNING:
+        assert world.serves() == "standby", (source, standby)
+        assert max(world.generations) == record.generation and str(world.generations[2]) == record.cut
+        assert source.fenced or not source.alive or record.options.force
+        if record.mode is Mode.PLANNED:
+            assert not world.acked - standby.rows, f"lost: {sorted(world.acked - standby.rows)}"
+        assert standby.boots_from_disk or record.failed(Act.REDEFINE)
+    elif record.state is State.FAILED:
+        assert max(world.generations) == 1 and standby.mode == "following"
+        if source.alive:
+            assert world.serves() == "source" and not source.fenced, source
+            assert not world.acked - source.written
+    else:
+        assert record.state is State.ROLLED_BACK
+        assert world.serves() == "source" and not source.fenced
+        assert max(world.generations) == 3 and world.generations[3] == world.generations[2]
+        assert not world.acked - source.written - world.rolled_back_rows
+        assert standby.mode == "following" or record.failed(Act.RESTART_STANDBY), standby
+    assert ADDRESS in world.spec.service_addresses
