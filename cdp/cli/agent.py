@@ -1,0 +1,92 @@
+"""``cdp agent`` and ``cdp join``: what runs on a protected machine. Imports nothing that such a machine lacks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from cdp.agent.config import DEFAULT_PATH
+
+_CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help=f"Configuration file.  [default: {DEFAULT_PATH}]",
+)
+
+
+@click.group(invoke_without_command=True)
+@_CONFIG
+@click.pass_context
+def agent(ctx: click.Context, config: Path | None) -> None:
+    """Run the agent. Without a subcommand: run.
+
+    \b
+    Examples:
+      cdp agent run
+      cdp agent guard        # before the network starts: see cdp-agent-guard.service
+    """
+    ctx.obj = config
+    if ctx.invoked_subcommand is None:
+        _run(config)
+
+
+@agent.command()
+@_CONFIG
+@click.pass_obj
+def run(outer: Path | None, config: Path | None) -> None:
+    """Capture, seal and push until SIGTERM or SIGINT."""
+    _run(config or outer)
+
+
+@agent.command()
+@_CONFIG
+@click.pass_obj
+def guard(outer: Path | None, config: Path | None) -> None:
+    """Keep the service addresses off a machine that has been fenced. Does nothing on any other."""
+    from cdp.agent import fence  # noqa: PLC0415
+    from cdp.agent.config import load  # noqa: PLC0415
+    from cdp.agent.state import StateDir  # noqa: PLC0415
+
+    evidence = fence.guard(StateDir(load(config or outer or DEFAULT_PATH).state_dir))
+    if evidence is not None:
+        click.echo(f"This machine is fenced; taken off: {', '.join(evidence.removed) or 'nothing, none was there'}.")
+
+
+@click.command()
+@click.argument("url")
+@click.argument("token")
+@click.option("--disk", "disks", multiple=True, type=click.Path(path_type=Path), help="Disk to protect; repeat it.")
+@click.option("--name", help="What this host calls itself.  [default: its host name]")
+@click.option("--state-dir", type=click.Path(path_type=Path), default="/var/lib/cdp", show_default=True)
+@_CONFIG
+def join(
+    url: str, token: str, *, disks: tuple[Path, ...], name: str | None, state_dir: Path, config: Path | None
+) -> None:
+    """Enrol this machine with the server at URL, with the one-time TOKEN that 'cdp machines add' printed.
+
+    The server's certificate authority is checked against the fingerprint in the token before anything is sent. The
+    credential is kept in the state directory; a configuration file is written if there is none.
+
+    \b
+    Examples:
+      cdp join https://backup.example.com:7443 cdp1.3f9c...
+      cdp join https://backup.example.com:7443 cdp1.3f9c... --disk /dev/sda --disk /dev/sdb
+    """
+    from cdp.agent import enrol  # noqa: PLC0415
+
+    config = config or DEFAULT_PATH
+    identity = enrol.join(url, token, disks=disks, state_dir=state_dir, config_path=config, name=name)
+    click.echo(f"Joined as machine {identity.machine}. The configuration is {config}.")
+    click.echo("Start the agent now: systemctl enable --now cdp-agent", err=True)
+
+
+def _run(config: Path | None) -> None:
+    from cdp.agent import main  # noqa: PLC0415
+    from cdp.agent.config import load  # noqa: PLC0415
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    main.run(load(config or DEFAULT_PATH))

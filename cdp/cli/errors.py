@@ -1,0 +1,42 @@
+"""What only the command line can run into."""
+
+from __future__ import annotations
+
+from journal.errors import CdpError
+
+
+class ServerUnreachable(CdpError):
+    """No connection, or one that is not to be trusted."""
+
+    code = "server-unreachable"
+    transient = True
+
+
+class LoginMissing(CdpError):
+    """There is no operator's credential, or its file cannot be read."""
+
+    code = "login-missing"
+
+
+class NotAsAsked(CdpError):
+    """A takeover or rollback came to rest somewhere else than it should have."""
+
+    code = "not-as-asked"
+
+
+class OutputExists(CdpError):
+    """The file to be written exists."""
+
+    code = "output-exists"
+
+
+class RecoverFailed(CdpError):
+    """The image could not be written."""
+
+    code = "recover-failed"
+
+
+class PartMissing(CdpError):
+    """This installation lacks the Python packages that the command needs."""
+
+    code = "part-missing"
