@@ -4,18 +4,22 @@ The live domain was started with our PE's kernel, and libvirt gives it that kern
 however its definition has changed since. So its live definition ends it on a reset (``on_reboot=destroy``), and here it
 is started again, from the definition that boots the disk:
 
-    REBOOT event, then STOPPED   + definition boots the disk   ─► start
-    STOPPED without REBOOT       the guest powered itself off, or somebody destroyed it: left alone
+    QEMU shuts down because of a reset + definition boots the disk   ─► start
+    any other end                        the guest powered itself off, or somebody destroyed it: left alone
+
+libvirt's own events do not tell the two apart; QEMU's, which it passes on, do.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import threading
 from typing import Any
 
 import libvirt
+import libvirt_qemu
 
 from standby.target.xml import boots_pe, machine_of
 
@@ -34,7 +38,7 @@ class RebootWatcher:
 
     def attach(self, _uri: str, connection: libvirt.virConnect) -> None:
         """Register for the events of a new connection."""
-        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, self._on_reboot, None)
+        libvirt_qemu.qemuMonitorEventRegister(connection, None, "SHUTDOWN", self._on_shutdown, None)
         connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
 
     def expect_end(self, domain_uuid: str) -> None:
@@ -45,8 +49,18 @@ class RebootWatcher:
         self._ended.put(None)
         self._thread.join()
 
-    def _on_reboot(self, _connection: libvirt.virConnect, domain: libvirt.virDomain, _opaque: Any) -> None:
-        self._resets.add(domain.UUIDString())
+    def _on_shutdown(
+        self,
+        _connection: libvirt.virConnect,
+        domain: libvirt.virDomain,
+        _event: str,
+        _seconds: int,
+        _micros: int,
+        details: str | None,
+        _opaque: Any,
+    ) -> None:
+        if str(json.loads(details or "{}").get("reason", "")).endswith("reset"):
+            self._resets.add(domain.UUIDString())
 
     def _on_lifecycle(
         self, _connection: libvirt.virConnect, domain: libvirt.virDomain, event: int, detail: int, _opaque: Any
