@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 from cdp.store.errors import NoRecoveryPoint, PositionFolded, StoredDamage, StoreFailed
 from cdp.store.ingest import Ingest
@@ -50,8 +51,8 @@ class Reading(Ingest):
             if not self._on(state, spans, position):
                 raise unknown_position(machine, position)
             pending = list(state.pending.values())
-        entries = self._entries(state, _after(spans, position), pending)
-        return [entry.header for entry in itertools.islice(entries, limit)]
+        with closing(self._entries(state, _after(spans, position), pending)) as entries:
+            return [entry.header for entry in itertools.islice(entries, limit)]
 
     def backlog_bytes(self, machine: uuid.UUID, position: Position) -> tuple[int, int]:
         """Segments and their encoded bytes that are stored after ``position`` on the live lineage."""
@@ -110,8 +111,8 @@ class Reading(Ingest):
             before = base[1] if before is None else before
             if base[1] >= start_ns:
                 points.append(RecoveryPoint(position=str(base[0]), sealed_at_ns=base[1]))
-        instants = self._instants(state, spans, start_ns if before is None else before + 1)
-        found, fuzzy = _told_apart(instants, before, start_ns, end_ns)
+        with closing(self._instants(state, spans, start_ns if before is None else before + 1)) as instants:
+            found, fuzzy = _told_apart(instants, before, start_ns, end_ns)
         for instant in found:
             position = self._position(state, instant)
             points.append(RecoveryPoint(position=str(position), sealed_at_ns=instant.sealed_at_ns))
@@ -126,11 +127,12 @@ class Reading(Ingest):
         state, spans, base = self._timeline(machine)
         fuzzy = False
         before: Instant | None = None
-        for instant in self._instants_back(state, spans, time_ns + 1):
-            if instant.is_recovery_point:
-                before = instant
-                break
-            fuzzy = fuzzy or Flags.FUZZY in instant.flags
+        with closing(self._instants_back(state, spans, time_ns + 1)) as instants:
+            for instant in instants:
+                if instant.is_recovery_point:
+                    before = instant
+                    break
+                fuzzy = fuzzy or Flags.FUZZY in instant.flags
         if not fuzzy and before is not None:
             return self._position(state, before)
         if not fuzzy and base is not None and base[1] <= time_ns:
@@ -138,8 +140,10 @@ class Reading(Ingest):
         before_ns = None if before is None else before.sealed_at_ns
         if before is None and base is not None and base[1] <= time_ns:
             before_ns = base[1]
-        after = (i.sealed_at_ns for i in self._instants(state, spans, time_ns + 1) if i.is_recovery_point)
-        after_ns = base[1] if base is not None and base[1] > time_ns else next(after, None)
+        with closing(self._instants(state, spans, time_ns + 1)) as instants:
+            after_ns = next((instant.sealed_at_ns for instant in instants if instant.is_recovery_point), None)
+        if base is not None and base[1] > time_ns:
+            after_ns = base[1]
         raise NoRecoveryPoint(
             "At that time the stored history is fuzzy: a seed or resync had not caught up."
             if fuzzy
@@ -156,8 +160,10 @@ class Reading(Ingest):
         segment_bytes = sum(entry.record_bytes for entry in self._entries(state, spans, self._pending(state)))
         oldest = base[1] if base is not None else None
         if oldest is None:
-            oldest = next((instant.sealed_at_ns for instant in self._instants(state, spans, 0)), None)
-        newest = next((i.sealed_at_ns for i in self._instants_back(state, spans, 2**64 - 1)), oldest)
+            with closing(self._instants(state, spans, 0)) as instants:
+                oldest = next((instant.sealed_at_ns for instant in instants), None)
+        with closing(self._instants_back(state, spans, 2**64 - 1)) as instants:
+            newest = next((instant.sealed_at_ns for instant in instants), oldest)
         return Usage(
             segment_bytes=segment_bytes,
             file_bytes=self.pool.bytes_of(machine),
@@ -187,9 +193,10 @@ class Reading(Ingest):
 
     def entries(self, state: MachineState, span: Span, limit: int) -> list[Entry]:
         """At most ``limit`` stored segments of ``span``, in order."""
-        return list(itertools.islice(self._entries(state, [span], self._pending(state)), limit))
+        with closing(self._entries(state, [span], self._pending(state))) as entries:
+            return list(itertools.islice(entries, limit))
 
-    def _entries(self, state: MachineState, spans: list[Span], pending: list[Entry]) -> Iterator[Entry]:
+    def _entries(self, state: MachineState, spans: list[Span], pending: list[Entry]) -> Generator[Entry, None, None]:
         """The entries of ``spans`` in order. ``pending`` was taken before: by now it may be in the index as well."""
         machine = state.machine.uuid
         with self.index.read() as txn:
@@ -216,7 +223,7 @@ class Reading(Ingest):
             return state, state.held(whole), None
         return state, state.held(whole), (base.target_position, base.sealed_at_ns)
 
-    def _instants(self, state: MachineState, spans: list[Span], start_ns: int) -> Iterator[Instant]:
+    def _instants(self, state: MachineState, spans: list[Span], start_ns: int) -> Generator[Instant, None, None]:
         """Rows of ``times`` in ``spans``, sealed at or after ``start_ns``, ascending."""
         pending = self._pending_times(state)
         machine = state.machine.uuid
@@ -226,7 +233,7 @@ class Reading(Ingest):
             waiting = sorted(key for key in rows if key >= time_bound(machine, start_ns))
             yield from _merged(known, [(key, rows[key]) for key in waiting], spans)
 
-    def _instants_back(self, state: MachineState, spans: list[Span], before_ns: int) -> Iterator[Instant]:
+    def _instants_back(self, state: MachineState, spans: list[Span], before_ns: int) -> Generator[Instant, None, None]:
         """Rows of ``times`` in ``spans``, sealed before ``before_ns``, descending."""
         rows = self._pending_times(state)
         machine = state.machine.uuid
