@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -46,8 +47,9 @@ class Limits(Section, frozen=True):
 
 class Tls(Section, frozen=True):
     names: tuple[str, ...] = ()
-    """Further DNS names and IP addresses that clients dial, put into the server's certificate. The host name,
-    ``localhost`` and the loopback addresses are always there. After a change the certificate is issued anew."""
+    """Further DNS names and IP addresses that clients dial, put into the server's certificate. The host of ``url``,
+    ``listen``, the host name, ``localhost`` and the loopback addresses are always there. After a change the certificate
+    is issued anew."""
     certificate_days: int = 397
     """Lifetime of the server's certificate. It is renewed when a third is left, without a restart."""
 
@@ -103,7 +105,9 @@ class Config(Section, frozen=True):
     @property
     def names(self) -> tuple[str, ...]:
         """Every name and address of the server's certificate, without doubles, in a fixed order."""
-        wanted = [*self.tls.names, *self.listen, socket.gethostname(), "localhost", "127.0.0.1", "::1"]
+        dialled = urlsplit(self.url).hostname
+        always = [socket.gethostname(), "localhost", "127.0.0.1", "::1"]
+        wanted = [*self.tls.names, *([dialled] if dialled else []), *self.listen, *always]
         return tuple(dict.fromkeys(name for name in wanted if name not in {"0.0.0.0", "::"}))  # noqa: S104
 
     @property
