@@ -315,7 +315,7 @@ class Pipeline:
         cut = _cut_at(Mark(time.monotonic_ns(), self._raw.drained))
         if self._dropping is not None:
             await self._drop_to(cut)
-        elif self._cursor is not None and cut.position > self._cursor.raw:
+        elif self._cursor is not None and (cut.position > self._cursor.raw or self._cursor.open_bios):
             await self._seal_to(cut, self._session.losses(), final=False)
 
     async def _mark(self) -> Mark | None:

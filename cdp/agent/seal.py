@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cdp.agent.capture.layout import BIO_COMPLETE_NS_MAX, RECORD_BYTES
+from cdp.agent.capture.layout import RECORD_BYTES
 from cdp.agent.capture.record import Records, is_abandoned, is_last
 from cdp.agent.capture.spool import RawSpool
 from cdp.agent.coalesce import Pieces, gather, last_writers
@@ -36,6 +36,10 @@ from journal.segment import Flags
 
 WINDOW_BYTES: Final = RECORD_BYTES * 3072
 """About 12 MiB: with what a copy adds, an encoded segment and its raw form together stay below 64 MiB."""
+OPEN_NS_MAX: Final = 250_000_000
+"""How long an open bio is waited for. The kernel side emits a bio within microseconds; one that stays open did not fit
+into the ring, and keeping the raw spool for it would fill that as well. Should it go on after all, nothing is lost
+either: its beginning is marked dirty."""
 _NO_COPY: Final = np.zeros(0, np.uint8)
 _BATCH_BYTES: Final = RECORD_BYTES * 4096
 
@@ -161,7 +165,7 @@ class Sealer:
         unfinished = np.flatnonzero(~done & ~void)
         if len(unfinished):
             submitted = np.concatenate([batch["submitted_ns"] for batch in batches])[unfinished]
-            late = submitted + np.uint64(BIO_COMPLETE_NS_MAX) < np.uint64(now_ns)
+            late = submitted + np.uint64(OPEN_NS_MAX) < np.uint64(now_ns)
             gone = unfinished[late]
             window.lost = Intervals.of(starts[gone], ends[gone])
             for bio in np.unique(bios[unfinished[~late]]).tolist():
