@@ -47,6 +47,7 @@ class TakeoverController:
         self._starting: set[str] = set()
         self._changed = asyncio.Condition()
         self._group = asyncio.TaskGroup()
+        self._serving = False
 
     async def __aenter__(self) -> TakeoverController:
         for takeover, raw in (await self._store.load()).items():
@@ -55,17 +56,20 @@ class TakeoverController:
                 raise RecordDamaged(f"Record {takeover} calls itself {record.id}.", remedy="See 'cdp store check'.")
             self._records[record.id] = record
             self._shown[record.id] = TakeoverRecord.decode(raw)
+            if record.active and record.stalled is not None:
+                _retry(record)  # what it waited for may have come while we were away
+                await self._save(record)
         await self._group.__aenter__()
+        self._serving = True
         for record in self._records.values():
             if _has_work(record):
-                if record.stalled is not None:
-                    _retry(record)  # what it waited for may have come while we were away
                 self._drive(record)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        self._serving = False
         for task in self._tasks:
             task.cancel()
         await self._group.__aexit__(kind, error, at)
@@ -234,7 +238,13 @@ class TakeoverController:
         async with self._saving:  # in the order of the changes
             record.version += 1
             raw = record.encode()
-            await self._store.save(record.id, raw)
+            try:
+                await self._store.save(record.id, raw)
+            except Exception as error:
+                # It may be stored or not: only a new start, which reads what there is, can go on from here.
+                if self._serving:
+                    self._group.create_task(_raise(error))
+                raise
             self._shown[record.id] = TakeoverRecord.decode(raw)
         async with self._changed:
             self._changed.notify_all()
@@ -265,3 +275,7 @@ def _retry(record: TakeoverRecord) -> None:
         entry = record.last(act)
         if entry is not None and entry.outcome is Outcome.FAILED:
             entry.outcome = Outcome.RETRIED
+
+
+async def _raise(error: Exception) -> None:
+    raise error

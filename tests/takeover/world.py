@@ -91,6 +91,7 @@ class World:
         self.clock = VirtualClock()
         self.faults = faults
         self.calls: list[str] = []
+        self.violations: list[str] = []
         self.killed = asyncio.Event()
         self.source = Source()
         self.standby = Standby()
@@ -178,8 +179,13 @@ class World:
             of == "pe" and not self.standby.connected
         ):
             raise Flaky(f"{name}: the peer is away")
-        result = effect()
-        self.check()
+        try:
+            result = effect()
+            self.check()
+        except AssertionError as violation:
+            # The controller takes any exception for a failure of the act: the test has to hear of it, too.
+            self.violations.append(f"{name}: {violation}")
+            raise
         self.tick()
         if fault is not None and fault[1] == "after":
             await self._fail(fault[0], name)
