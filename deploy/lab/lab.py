@@ -11,16 +11,23 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import libvirt
 
-from deploy.lab import hypervisor, network, server, source_image, source_vm, wheels
-from deploy.lab.errors import LabFailed
+from deploy.lab import hypervisor, layout, network, server, source_image, source_vm, wheels
+from deploy.lab.errors import LabFailed, LabNotReady
 from deploy.lab.layout import Layout, default_layout
-from deploy.lab.programs import Processes
+from deploy.lab.programs import Processes, wait_until
 from standby.pe import image as pe_image
 
 Progress = Callable[[str], None]
+
+
+AGENT_DEADLINE_S = 120.0
+READY_DEADLINE_S = 900.0
+"""A seed of a gigabyte, compressed by an emulated CPU that shares two cores with everything else."""
+STATUS_INTERVAL_S = 1.0
 
 
 class Lab:
@@ -67,6 +74,48 @@ class Lab:
         source_vm.wait_booted(self.where, self.processes)
         self._say("up")
 
+    def protect(self) -> None:
+        """Do what a user does: enrol the source, start its agent, protect it with a standby; wait until it is ready."""
+        where = self.where
+        self._say("joining the source")
+        issued = server.cdp_json(where, "machines", "add", layout.MACHINE)
+        source_vm.ssh(where, f"cdp join {issued['url']} {issued['token']} && systemctl enable --now cdp-agent")
+        wait_until(lambda: self._machine()["agent"]["connected"], AGENT_DEADLINE_S, "the agent's report")
+        self._say("protecting it")
+        arguments = ["--bridge", layout.BRIDGE, "--standby-address", layout.STANDBY_ADDRESS]
+        for address in layout.SERVICE_ADDRESSES:
+            arguments += ["--service-address", address]
+        server.cdp(
+            where,
+            *("protect", layout.MACHINE, "--hypervisor", where.hypervisor_uri, *arguments),
+            *("--storage-dir", str(where.standby_dir), "--memory", "1G", "--quiesce", "postgresql"),
+            *("--probe", f"postgresql:{layout.DATABASE_PORT}"),
+            deadline_s=120,
+        )
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        end = time.monotonic() + READY_DEADLINE_S
+        told = ""
+        while (status := self._machine())["standby_state"] != "ready":
+            text = _summary(status)
+            if text != told:
+                self._say(text)
+                told = text
+            if time.monotonic() > end:
+                raise LabNotReady(
+                    f"The standby was not ready within {READY_DEADLINE_S:.0f} s; last seen: {text}",
+                    remedy="'cdp-lab cdp status source' says more.",
+                    status=status,
+                )
+            time.sleep(STATUS_INTERVAL_S)
+        self._say("the standby is ready")
+
+    def _machine(self) -> dict[str, Any]:
+        status = server.cdp_json(self.where, "status", layout.MACHINE)
+        assert isinstance(status, dict)
+        return status
+
     def down(self) -> None:
         """End and delete everything of this lab, whatever state it is in."""
         self._destroy_domains()
@@ -99,3 +148,14 @@ class Lab:
         self._progress(f"[{time.monotonic() - self._started:6.1f} s] {text}")
 
     say = _say
+
+
+def _summary(status: dict[str, Any]) -> str:
+    """One line of what is going on."""
+    parts = [f"agent {status['agent']['state'] or 'away'}", f"standby {status['standby_state'] or '-'}"]
+    for peer in (status["agent"], status["standby"] or {}):
+        progress = peer.get("progress")
+        if progress and progress["total_bytes"]:
+            share = 100 * progress["done_bytes"] // progress["total_bytes"]
+            parts.append(f"{progress['what']} {share // 10 * 10} %")
+    return ", ".join([*parts, *status["problems"][:1]])

@@ -39,11 +39,9 @@ def main() -> int:
     for name, hidden in REPLACED.items():
         Path(hidden).mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", "--bind", str(private / name), hidden], check=True)
-    kvm = Path("/dev/kvm")
     flags = Path("/proc/cpuinfo").read_text().split()
-    if kvm.exists() and "vmx" not in flags and "svm" not in flags:
-        # A device node without a CPU behind it: probing it may hang.
-        subprocess.run(["mount", "--bind", "/dev/null", str(kvm)], check=True)
+    if Path("/dev/kvm").exists() and "vmx" not in flags and "svm" not in flags:
+        _hide_kvm(private / "dev")
     daemon = subprocess.Popen(
         ["libvirtd", "--config", str(private / "etc" / "libvirtd.conf"), "--pid-file", str(private / "libvirtd.pid")],
         start_new_session=True,
@@ -57,6 +55,23 @@ def main() -> int:
             break
     _end_adopted()
     return status
+
+
+def _hide_kvm(new: Path) -> None:
+    """Give libvirtd a /dev without /dev/kvm. There is no CPU behind the node: opening it may hang, and while it exists
+    libvirt distrusts what it found out, and asks QEMU for its capabilities at every definition (8 s instead of 2 ms).
+    """
+    new.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", str(new)], check=True)
+    (new / "net").mkdir()
+    for name in ("null", "zero", "full", "random", "urandom", "tty", "net/tun"):
+        subprocess.run(["cp", "-a", f"/dev/{name}", str(new / name)], check=True)
+    for name in ("pts", "shm"):
+        (new / name).mkdir()
+        subprocess.run(["mount", "--bind", f"/dev/{name}", str(new / name)], check=True)
+    (new / "ptmx").symlink_to("pts/ptmx")
+    (new / "fd").symlink_to("/proc/self/fd")
+    subprocess.run(["mount", "--rbind", str(new), "/dev"], check=True)
 
 
 def _end_adopted() -> None:

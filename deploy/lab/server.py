@@ -54,7 +54,8 @@ def cdp_json(lab: Layout, *arguments: str) -> Any:
 def cdp_as_operator(lab: Layout, *arguments: str) -> list[str]:
     return inside(
         lab.server_namespace,
-        *("env", f"HOME={lab.operator_home}", f"XDG_CONFIG_HOME={lab.operator_home / '.config'}"),
+        "env",
+        f"CDP_CREDENTIAL={lab.server_dir / 'operator.json'}",
         *cdp_command(),
         *arguments,
     )
