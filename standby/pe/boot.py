@@ -32,7 +32,7 @@ from standby.pe.initrd import Nic, Root
 from standby.pe.injection import InjectSpec, hosts, inject
 from standby.pe.kernel import HEAD_BYTES, Kernel, quickest, release_of
 from standby.pe.modules import CHECKSUMS, VIRTIO, ModuleTree
-from standby.pe.system import MountedSystem, Placed, mounted
+from standby.pe.system import MOUNT_POINT, MountedSystem, Placed, mounted
 from standby.pe.watch import Stat, Watch, stat_of, watch
 
 CHECK_S: Final = 60.0
@@ -88,6 +88,7 @@ class ReplicatedSystem:
         server: str,
         service_addresses: Callable[[], Awaitable[Sequence[str]]],
         loader: Loader,
+        mount_point: Path = MOUNT_POINT,
     ) -> None:
         self._numbers = sorted(disks)
         self._disks = [disks[number] for number in self._numbers]
@@ -95,6 +96,7 @@ class ReplicatedSystem:
         self._server = server
         self._service_addresses = service_addresses
         self._loader = loader
+        self._mount_point = mount_point
         self._lock = threading.Lock()
         """Held by whoever mounts or loads."""
         self._service_hosts: frozenset[str] = frozenset()
@@ -139,7 +141,7 @@ class ReplicatedSystem:
 
     # --- verbs.Boot -------------------------------------------------------------------------------------------------
     def inject(self, spec: InjectSpec, takeover: str) -> list[str]:
-        with self._lock, mounted(self._disks, writable=True) as system:
+        with self._lock, mounted(self._disks, writable=True, at=self._mount_point) as system:
             self._service_hosts = hosts(spec.service_addresses)
             done = []
             files = self._look(system)
@@ -168,7 +170,7 @@ class ReplicatedSystem:
     # --- reading and building -----------------------------------------------------------------------------------------
     def _read(self) -> BootFiles | None:
         """None: what is loaded is still right."""
-        with self._lock, mounted(self._disks, writable=False) as system:
+        with self._lock, mounted(self._disks, writable=False, at=self._mount_point) as system:
             return self._look(system)
 
     def _look(self, system: MountedSystem) -> BootFiles | None:

@@ -30,7 +30,7 @@ _FILES: Final = (
     ("etc/sysconfig/network-scripts", "ifcfg-*"),
 )
 _FILE_BYTES_MAX: Final = 1 << 20
-_ADDRESS_LINE: Final = re.compile(r"^\s*(address\d*|addresses|ipaddr\d*|ipv6addr|-)\b?\s*[\s=:\"'\[-]", re.IGNORECASE)
+_ADDRESS_LINE: Final = re.compile(r"^\s*(?:(?:address\d*|addresses|ipaddr\d*|ipv6addr)[\s=:]|-\s)", re.IGNORECASE)
 _BARE_LINE: Final = re.compile(r"^\s*(address\s|ipaddr|ipv6addr)", re.IGNORECASE)
 """Where an address may stand without its prefix length, because a line of its own gives the netmask."""
 _MAC_LINE: Final = re.compile(r"^\s*(mac-?address|hwaddr|macaddr|hwaddress|permanentmacaddress)\b", re.IGNORECASE)

@@ -81,18 +81,18 @@ def resolve(root: Path, inside: str) -> Path:
 
 
 @contextlib.contextmanager
-def mounted(disks: list[Path], *, writable: bool) -> Iterator[MountedSystem]:
-    """The system of ``disks``, mounted. Read-only mounts write nothing, not even a journal replay.
+def mounted(disks: list[Path], *, writable: bool, at: Path = MOUNT_POINT) -> Iterator[MountedSystem]:
+    """The system of ``disks``, mounted ``at``. Read-only mounts write nothing, not even a journal replay.
 
     Raises ``SystemNotFound`` and ``SystemUnreadable``.
     """
     with contextlib.ExitStack() as stack:
         try:
-            _unmount_all()
+            _unmount_all(at)
             volumes = _volumes(disks, stack)
-            stack.callback(_unmount_all)  # before the volumes are deactivated
+            stack.callback(_unmount_all, at)  # before the volumes are deactivated
             filesystems = {at.device: found for at in volumes if (found := probe(at.device)) is not None}
-            system = _mount_root(volumes, filesystems, writable=writable)
+            system = _mount_root(volumes, filesystems, at, writable=writable)
             _mount_boot(system, writable=writable)
         except OSError as error:
             raise SystemUnreadable(
@@ -157,7 +157,9 @@ def _lvm(*command: str) -> str:
     return ended.stdout
 
 
-def _mount_root(volumes: list[Placed], filesystems: dict[Path, Filesystem], *, writable: bool) -> MountedSystem:
+def _mount_root(
+    volumes: list[Placed], filesystems: dict[Path, Filesystem], at: Path, *, writable: bool
+) -> MountedSystem:
     failures: list[str] = []
     for place in volumes:
         filesystem = filesystems.get(place.device)
@@ -165,17 +167,17 @@ def _mount_root(volumes: list[Placed], filesystems: dict[Path, Filesystem], *, w
             continue
         # Looked at read-only first: only the root itself may be written to.
         try:
-            _mount(filesystem, MOUNT_POINT, writable=False)
+            _mount(filesystem, at, writable=False)
         except OSError as error:
             failures.append(str(error))
             continue
-        is_root = (MOUNT_POINT / "etc/fstab").exists() and any(os.path.lexists(MOUNT_POINT / init) for init in _INITS)
+        is_root = (at / "etc/fstab").exists() and any(os.path.lexists(at / init) for init in _INITS)
         if is_root and not writable:
-            return MountedSystem(MOUNT_POINT, filesystem, place, None, None, volumes, filesystems)
-        mounts.unmount(MOUNT_POINT)
+            return MountedSystem(at, filesystem, place, None, None, volumes, filesystems)
+        mounts.unmount(at)
         if is_root:
-            _mount(filesystem, MOUNT_POINT, writable=True)
-            return MountedSystem(MOUNT_POINT, filesystem, place, None, None, volumes, filesystems)
+            _mount(filesystem, at, writable=True)
+            return MountedSystem(at, filesystem, place, None, None, volumes, filesystems)
     if failures:
         raise OSError(errno.EIO, "; ".join(failures))
     raise SystemNotFound(
@@ -218,10 +220,10 @@ def _mount(filesystem: Filesystem, directory: Path, *, writable: bool) -> None:
     mounts.mount(filesystem.device, directory, filesystem.kind, flags | mounts.MS_NOATIME, options)
 
 
-def _unmount_all() -> None:
-    """Whatever is mounted below our mount point, the innermost first; also what a killed process left."""
+def _unmount_all(at: Path) -> None:
+    """Whatever is mounted there and below, the innermost first; also what a killed process left."""
     table = Path("/proc/self/mounts").read_text().splitlines()
     for line in reversed(table):
         directory = Path(line.split()[1])
-        if directory == MOUNT_POINT or MOUNT_POINT in directory.parents:
+        if directory == at or at in directory.parents:
             mounts.unmount(directory)
