@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cdp.agent.state import Fence, Mode, StateDir
+from cdp.agent.takenover import takeover_id
 from journal.position import Position
 from standby.takeover import address
 from standby.takeover.address import Evidence
@@ -90,6 +91,7 @@ class Fencer:
 
 
 def guard(state: StateDir) -> Evidence | None:
-    """For the boot guard (``cdp agent guard``): enforce the fence, without an agent. None if there is none."""
+    """For the boot guard (``cdp agent guard``): enforce the fence, without an agent. None if there is none, or if it is
+    the source's and this is the machine that a takeover made from its disk."""
     fence = state.fence()
-    return None if fence is None else address.remove(fence.addresses)
+    return None if fence is None or takeover_id() is not None else address.remove(fence.addresses)

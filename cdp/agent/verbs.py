@@ -41,8 +41,8 @@ LEASE_S: Final = 120.0
 """Of a quiesce order that names none."""
 FORK_WINDOW_S: Final = 600.0
 """Histories that part twice within this time have two writers: a person has to look."""
-ENFORCE_S: Final = 5.0
-"""How often a fenced machine looks whether an address has come back."""
+ENFORCE_S: Final = 1.0
+"""How often a lease is looked at, and a fenced machine for an address that has come back."""
 
 _ArgsT = TypeVar("_ArgsT", bound=msgspec.Struct)
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -258,7 +258,7 @@ class Orders:
                         self._status.failed("quiesce", error)
             if self._fencer.fence is not None:
                 await self._fencer.enforce()
-            await asyncio.sleep(ENFORCE_S if self._fencer.fence is not None else 1.0)
+            await asyncio.sleep(ENFORCE_S)
 
     async def enforce_at_start(self) -> None:
         """Before anything else: a fence outlives the agent and the boot."""
