@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,11 +141,9 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Remove a directory of plain files, if it is there."""
+    """Remove a directory with all that is in it, if it is there."""
     if directory.is_dir():
-        for path in directory.iterdir():
-            path.unlink()
-        directory.rmdir()
+        shutil.rmtree(directory)
 
 
 def reserve_blocks(path: Path, size_bytes: int) -> None:

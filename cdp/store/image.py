@@ -16,7 +16,6 @@ from blake3 import blake3
 
 from cdp.store.errors import RangeTooLarge, UnknownDisk
 from cdp.store.frames import SegmentGone
-from cdp.store.machines import unknown_position
 from cdp.store.records import Span
 from cdp.store.resolve import BASE, Pieces
 from cdp.store.store import Store
@@ -48,8 +47,7 @@ class ImageReader:
         self._versions = store.versions(machine)
         store.pin(machine, position)
         try:
-            if not store.is_stored(self._state, position):
-                raise unknown_position(machine, position)
+            self._base = store.base(machine, self._state.root(position))
             self._versions.catch_up(self._spans())
         except BaseException:
             store.unpin(machine, position)
@@ -171,7 +169,7 @@ class ImageReader:
 
     def _spans(self) -> list[Span]:
         with self._state.lock:
-            return self._state.held(self._state.lineage(self.position))
+            return self._state.unfolded(self._state.lineage(self.position))
 
     def _pieces(self, disk: int, offset: int, length: int) -> Iterator[Pieces]:
         return self._versions.pieces(self._spans(), disk, offset, length)
@@ -199,14 +197,14 @@ class ImageReader:
                     for now in self._pieces(disk, offset, length):
                         self._fill(target, offset, disk, now)
             elif kind == BASE:
-                self._store.read_base(self.machine.uuid, self._spans(), disk, offset, target)
+                self._base.read_into(disk, offset, target)
 
     def _parts(self, disk: int, pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
         for offset, length, kind in zip(
             pieces.offsets.tolist(), pieces.lengths.tolist(), pieces.kinds.tolist(), strict=True
         ):
             if kind == BASE:
-                yield from self._store.base_extents(self.machine.uuid, self._spans(), disk, offset, length)
+                yield from self._base.extents(disk, offset, length)
             else:
                 yield offset, length, kind != Kind.DATA
 

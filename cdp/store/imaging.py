@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+from cdp.store.base import BaseImage
 from cdp.store.errors import StoreFailed
 from cdp.store.files import remove_tree
 from cdp.store.frames import Frames
 from cdp.store.ledger import Ledger
+from cdp.store.machines import unknown_position
 from cdp.store.record import read_extents
-from cdp.store.records import Entry, Span
+from cdp.store.records import Base, Entry, Span
 from cdp.store.runfile import PageCache, RunShelf
 from cdp.store.state import MachineState
 from cdp.store.versions import Versions
@@ -43,6 +46,7 @@ class Imaging(Ledger):
         self.frames = Frames(self)
         self._pages = PageCache()
         self._versions: dict[uuid.UUID, Versions] = {}
+        self._bases: dict[tuple[uuid.UUID, int], BaseImage] = {}
         self._pins: dict[uuid.UUID, Counter[Position]] = {}
         self._imaging_lock = threading.Lock()
 
@@ -60,18 +64,25 @@ class Imaging(Ledger):
                 known = self._versions[machine] = Versions(_Tables(self, state), shelf)
             return known
 
-    def read_base(self, machine: uuid.UUID, spans: list[Span], disk: int, offset: int, out: memoryview) -> None:
-        """Fill ``out``, which is all zeros, with what lies below the first segment of ``spans``."""
+    def base(self, machine: uuid.UUID, root: int) -> BaseImage:
+        """The base image of the lineage that began with generation ``root``; all zeros if nothing has been folded."""
+        with self._imaging_lock:
+            known = self._bases.get((machine, root))
+            if known is None:
+                known = BaseImage(self.files, self.base_directory(machine, root))
+                self._bases[machine, root] = known
+            return known
 
-    def base_extents(
-        self, machine: uuid.UUID, spans: list[Span], disk: int, offset: int, length: int
-    ) -> list[tuple[int, int, bool]]:
-        """``(offset, length, is_hole)`` of what lies below the first segment of ``spans``."""
-        return [(offset, length, True)]
+    def base_directory(self, machine: uuid.UUID, root: int) -> Path:
+        return self.directory / "base" / str(machine) / str(root)
 
     def pin(self, machine: uuid.UUID, position: Position) -> None:
-        """Somebody reads the image at ``position``: retention must not fold past it until ``unpin``."""
+        """Somebody reads the image at ``position``: retention does not fold past it until ``unpin``. Raises
+        ``UnknownPosition``."""
+        state = self.state(machine)
         with self._imaging_lock:
+            if not self.is_stored(state, position):
+                raise unknown_position(machine, position)
             self._pins.setdefault(machine, Counter())[position] += 1
 
     def unpin(self, machine: uuid.UUID, position: Position) -> None:
@@ -81,12 +92,20 @@ class Imaging(Ledger):
             if not pins[position]:
                 del pins[position]
 
-    def pins(self, machine: uuid.UUID) -> list[Position]:
-        with self._imaging_lock:
-            return list(self._pins.get(machine, ()))
+    def set_base(self, state: MachineState, base: Base) -> Position | None:
+        """Offer nothing older than ``base.target`` any more, unless somebody reads there: then that position."""
+        with self._imaging_lock, state.lock:
+            for pinned in self._pins.get(state.machine.uuid, ()):
+                lineage = state.lineage(pinned)
+                if lineage[0].generation <= base.root and not any(base.target_position in span for span in lineage):
+                    return pinned
+            state.base = base
+            return None
 
     def finish_removal(self, machine: uuid.UUID) -> None:
         super().finish_removal(machine)
         with self._imaging_lock:
             self._versions.pop(machine, None)
+            self._bases = {key: base for key, base in self._bases.items() if key[0] != machine}
         remove_tree(self.directory / "runs" / str(machine))
+        remove_tree(self.directory / "base" / str(machine))

@@ -188,7 +188,7 @@ class Machines(Core):
 
     def is_stored(self, state: MachineState, position: Position) -> bool:
         """Is the image at ``position`` there, on whatever branch?"""
-        if position.generation not in state.generations:
+        if position.generation not in state.generations or not state.is_offered(position):
             return False
         if state.is_base(position):
             return True

@@ -82,12 +82,14 @@ class Tail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Base(msgspec.Struct, frozen=True, kw_only=True):
-    """``folded``: the position whose image the base files hold. ``target``: the position that a fold in progress leads
-    to; nothing older is offered any more. ``sealed_at_ns`` belongs to ``target``."""
+    """``folded``: the position whose image the base files hold (None: zeros). ``target``: the position that a fold in
+    progress leads to; nothing older is offered any more. ``sealed_at_ns`` belongs to ``target``. ``root``: the first
+    generation of the lineage, the one that started on all-zero disks."""
 
     folded: str | None
     target: str
     sealed_at_ns: int
+    root: int
 
     @property
     def folded_position(self) -> Position | None:

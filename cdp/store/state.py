@@ -17,7 +17,7 @@ from cdp.store.record import ALIGN_BYTES
 from cdp.store.records import Base, Entry, Generation, Machine, SegmentFile, Span
 from journal.position import SEQ_MAX, Position
 
-_WHOLE: Final = SEQ_MAX
+WHOLE: Final = SEQ_MAX
 """``last`` of a span that takes all of a generation."""
 
 
@@ -59,17 +59,42 @@ class MachineState:
         """The live lineage, and before it the lineages that a new seed has ended."""
         spans = self.lineage()
         while (before := spans[0].generation - 1) in self.generations:
-            spans = self.lineage(Position(before, _WHOLE, bytes(32))) + spans
+            spans = self.lineage(Position(before, WHOLE, bytes(32))) + spans
         return spans
 
     def held(self, spans: list[Span]) -> list[Span]:
-        """``spans`` without what retention has folded, if the base image is part of them."""
+        """``spans`` from the base image's target on, if that is part of them: what is still offered."""
+        return spans if self.base is None else _from(spans, self.base.target_position)
+
+    def unfolded(self, spans: list[Span]) -> list[Span]:
+        """``spans`` without what the base image is known to hold: what an image has to be made of, on top of it."""
+        folded = None if self.base is None else self.base.folded_position
+        return spans if folded is None else _from(spans, folded)
+
+    def root(self, position: Position) -> int:
+        """The generation that started on all-zero disks."""
+        return self.lineage(position)[0].generation
+
+    def is_offered(self, position: Position) -> bool:
+        """Retention has left what the image at ``position`` needs: the base image leads to it, or it is of a lineage
+        that was seeded later."""
         if self.base is None:
-            return spans
+            return True
+        lineage = self.lineage(position)
+        return lineage[0].generation > self.base.root or any(self.base.target_position in span for span in lineage)
+
+    def removable(self) -> list[Span]:
+        """Segments that nothing on offer needs, once the base image has reached its target."""
+        if self.base is None:
+            return []
         target = self.base.target_position
-        for number, span in enumerate(spans):
-            if target in span:
-                return [Span(span.generation, target.seq + 1, span.last), *spans[number + 1 :]]
+        spans = []
+        for generation in sorted(self.generations):
+            lineage = self.lineage(Position(generation, WHOLE, bytes(32)))
+            if target.generation == generation:
+                spans.append(Span(generation, 1, target.seq))
+            elif lineage[0].generation <= self.base.root and not any(target in span for span in lineage):
+                spans.append(Span(generation, 1, WHOLE))
         return spans
 
     def is_base(self, position: Position) -> bool:
@@ -81,3 +106,10 @@ class MachineState:
         if self.pending:
             assert next(reversed(self.pending)) == self.tip.seq
             assert len(self.pending) == self.tip.seq - next(iter(self.pending)) + 1
+
+
+def _from(spans: list[Span], position: Position) -> list[Span]:
+    for number, span in enumerate(spans):
+        if position in span:
+            return [Span(span.generation, position.seq + 1, span.last), *spans[number + 1 :]]
+    return spans

@@ -1,22 +1,24 @@
 """The store as callers see it: ``Store.open`` and the layers that it is made of.
 
-``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Ledger`` ← ``Imaging`` ← ``Store``: each layer uses only
-those before it.
+``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Ledger`` ← ``Imaging`` ← ``Retention`` ← ``Store``: each layer
+uses only those before it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from cdp.store.core import FILE_BYTES, FLUSH_INTERVAL_S, MAP_BYTES, SPARES_MAX
 from cdp.store.files import Files, OsFiles
-from cdp.store.imaging import Imaging
+from cdp.store.retention import Retention
+from journal.errors import CdpError
 
 
-class Store(Imaging):
+class Store(Retention):
     @classmethod
     def open(
         cls,
@@ -55,9 +57,14 @@ class Store(Imaging):
         """Finish what a crash interrupted."""
         for state in list(self._states.values()):
             machine = state.machine
-            if machine.removing:
-                self.finish_removal(machine.uuid)
-            elif state.lost_after is not None:
+            # What cannot be finished now must not keep the other machines from being served; whoever asks for it
+            # next, be it retention or a reader, gets the error.
+            with suppress(CdpError):
+                if machine.removing:
+                    self.finish_removal(machine.uuid)
+                    continue
+                self.finish_fold(state)
+            if state.lost_after is not None:
                 details = {"last_good": str(state.lost_after)}
                 self.audit("store", "acknowledged segments found damaged at start", str(machine.uuid), details)
 

@@ -59,6 +59,7 @@ class CrashMachine(RuleBasedStateMachine):
                 self.acknowledged.append(tip)
                 self.source.accept(tip)
         self.in_flight = None
+        self._drop_folded()
         self.check_points()
 
     def check_points(self) -> None:
@@ -104,6 +105,32 @@ class CrashMachine(RuleBasedStateMachine):
     def branch(self, data: st.DataObject) -> None:
         parent = data.draw(st.sampled_from([None, *self.acknowledged[-6:]]))
         self.source.branch(self.store, parent)
+
+    @rule(keep_seconds=st.integers(0, 12), cut=st.one_of(st.none(), st.integers(1, 25)))
+    def retain(self, keep_seconds: int, cut: int | None) -> None:
+        machine, end = self.source.machine, 10**6 * SECOND_NS
+        before = self.store.recovery_points(machine, 0, end).points
+        oldest_ns = (self.source.seconds - keep_seconds) * SECOND_NS
+
+        def act() -> None:
+            self.store.retain(machine, keep_ns=keep_seconds * SECOND_NS, now_ns=self.source.seconds * SECOND_NS)
+
+        self._attempt(cut, act)
+        after = self.store.recovery_points(machine, 0, end).points
+        assert before[len(before) - len(after) :] == after
+        if before and cut is None:
+            expired = [point for point in before if point.sealed_at_ns <= oldest_ns]
+            assert len(after) == min(len(before), len(before) - len(expired) + 1)
+        self._drop_folded()
+        for point in after[:2]:
+            self.source.check(self.store, Position.parse(point.position))
+
+    def _drop_folded(self) -> None:
+        state = self.store.state(self.source.machine)
+        gone = [p for p in self.acknowledged if self.store.entry(state, p.generation, p.seq) is None]
+        for position in gone:
+            assert state.is_base(position) or not state.is_offered(position), f"{position.short} is lost"
+        self.acknowledged = [p for p in self.acknowledged if p not in gone]
 
     @rule()
     def flush(self) -> None:

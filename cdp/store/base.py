@@ -1,0 +1,187 @@
+"""The base image of one machine: each disk as it was at the oldest recovery point, as a sparse raw file.
+
+Beside each image lies a file of sums, 16 bytes for each 64 KiB chunk: two u64, what the chunk hashed to before the
+last fold that changed it, and after. A chunk is good if it matches either. A fold writes and syncs the sums of a batch
+before the batch itself:
+
+    crash here                     after the restart, before anything is read, the fold is done again:
+    ────────────────────────────   ──────────────────────────────────────────────────────────────────────────────────
+    sums written                   chunks match their first sum
+    chunks partly written          a torn chunk matches neither; with the folded writes laid over it once more it must
+                                   match the second sum, for all else in it is unchanged
+    chunks written, not committed  chunks match their second sum; folding again changes nothing
+
+A sum of 0 stands for a chunk of zeros, which is a hole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from cdp.store.errors import StoredDamage
+from cdp.store.files import Buffer, Files, opened
+
+CHUNK_BYTES: Final = 64 << 10
+BATCH_CHUNKS: Final = 256
+"""16 MiB: what a fold holds in memory, and how long it keeps readers of the base image waiting."""
+_SLOT_BYTES: Final = 16
+_SLOTS_READ: Final = 1 << 16
+
+
+class BaseImage:
+    """Thread-safe: a batch of a fold and a read exclude each other."""
+
+    def __init__(self, files: Files, directory: Path) -> None:
+        self._files = files
+        self._directory = directory
+        self._lock = threading.Lock()
+
+    def prepare(self, disk: int, size_bytes: int) -> None:
+        """Make the disk's files, or let them grow with the disk."""
+        chunks = -(-size_bytes // CHUNK_BYTES)
+        for path, size in ((self._image(disk), chunks * CHUNK_BYTES), (self._sums(disk), chunks * _SLOT_BYTES)):
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not path.exists() or path.stat().st_size < size:
+                self._files.create_sparse(path, size)
+
+    def disks(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._directory.glob("*.img"))
+
+    def stored_bytes(self) -> int:
+        """Disk blocks in use."""
+        return sum(path.stat().st_blocks * 512 for path in self._directory.glob("*"))
+
+    def read_into(self, disk: int, offset: int, out: memoryview) -> None:
+        """Fill ``out``, which is all zeros. Every chunk is checked: raises ``StoredDamage``; and ``OSError``."""
+        if not self._image(disk).exists():
+            return
+        with self._lock, opened(self._files, self._image(disk)) as image, opened(self._files, self._sums(disk)) as sums:
+            done = 0
+            while done < len(out):
+                number, skip = divmod(offset + done, CHUNK_BYTES)
+                take = min(CHUNK_BYTES - skip, len(out) - done)
+                slots = self._read_slots(sums, number, 1)
+                if slots.any():
+                    chunk = self._files.read(image, CHUNK_BYTES, number * CHUNK_BYTES)
+                    if chunk_sum(chunk) not in slots[0]:
+                        raise self._damaged(disk, number)
+                    out[done : done + take] = memoryview(chunk)[skip : skip + take]
+                done += take
+
+    def extents(self, disk: int, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """``(offset, length, is_hole)``, consecutive; holes by whole chunks."""
+        if not self._image(disk).exists():
+            yield offset, length, True
+            return
+        at, stop = offset, offset + length
+        while at < stop:
+            first = at // CHUNK_BYTES
+            count = min(_SLOTS_READ, -(-stop // CHUNK_BYTES) - first)
+            with self._lock, opened(self._files, self._sums(disk)) as sums:
+                slots = self._read_slots(sums, first, count)
+            is_data = (slots[:, 0] | slots[:, 1]) != 0
+            edges = [0, *(np.flatnonzero(np.diff(is_data)) + 1).tolist(), count]
+            for begin, end in itertools.pairwise(edges):
+                last = min(stop, (first + end) * CHUNK_BYTES)
+                yield at, last - at, not is_data[begin]
+                at = last
+
+    def fold(self, disk: int, rows: Iterable[tuple[int, int, memoryview | None]]) -> None:
+        """Lay ``(offset, length, content)`` rows, ascending, over one batch; None: zeros. All rows together touch at
+        most ``BATCH_CHUNKS`` chunks. Durable only after ``sync``. Raises ``StoredDamage`` and ``OSError``."""
+        rows = list(rows)
+        numbers = sorted({n for at, size, _ in rows for n in range(at // CHUNK_BYTES, -(-(at + size) // CHUNK_BYTES))})
+        with (
+            self._lock,
+            opened(self._files, self._image(disk), write=True) as image,
+            opened(self._files, self._sums(disk), write=True) as sums,
+        ):
+            slots = [self._read_slots(sums, number, 1)[0].tolist() for number in numbers]
+            chunks = {
+                number: bytearray(
+                    self._files.read(image, CHUNK_BYTES, number * CHUNK_BYTES) if any(slot) else CHUNK_BYTES
+                )
+                for number, slot in zip(numbers, slots, strict=True)
+            }
+            before = {number: chunk_sum(chunk) for number, chunk in chunks.items()}
+            for at, size, content in rows:
+                _lay_over(chunks, at, size, content)
+            changed: list[int] = []
+            for number, (first, second) in zip(numbers, slots, strict=True):
+                old, new = before[number], chunk_sum(chunks[number])
+                if old not in (first, second) and new != second:
+                    raise self._damaged(disk, number)
+                if old != new:
+                    known = old if old in (first, second) else first
+                    self._files.write(sums, [np.array([known, new], np.uint64).tobytes()], number * _SLOT_BYTES)
+                    changed.append(number)
+            self._files.sync(sums)
+            for number in changed:
+                if chunk_sum(chunks[number]):
+                    self._files.write(image, [chunks[number]], number * CHUNK_BYTES)
+                else:
+                    self._files.punch(image, CHUNK_BYTES, number * CHUNK_BYTES)
+
+    def sync(self, disk: int) -> None:
+        with opened(self._files, self._image(disk), write=True) as image:
+            self._files.sync(image)
+
+    def damaged_chunks(self, disk: int) -> Iterator[tuple[int, int]]:
+        """Read everything: ``(offset, length)`` of each chunk that does not match its sums."""
+        chunks = self._image(disk).stat().st_size // CHUNK_BYTES
+        for first in range(0, chunks, BATCH_CHUNKS):
+            count = min(BATCH_CHUNKS, chunks - first)
+            with (
+                self._lock,
+                opened(self._files, self._image(disk)) as image,
+                opened(self._files, self._sums(disk)) as sums,
+            ):
+                slots = self._read_slots(sums, first, count)
+                data = memoryview(self._files.read(image, count * CHUNK_BYTES, first * CHUNK_BYTES))
+            for index in range(count):
+                if chunk_sum(data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]) not in slots[index]:
+                    yield (first + index) * CHUNK_BYTES, CHUNK_BYTES
+
+    def _read_slots(self, sums: int, first: int, count: int) -> npt.NDArray[np.uint64]:
+        raw = self._files.read(sums, count * _SLOT_BYTES, first * _SLOT_BYTES)
+        # Beyond the end of the file: the disk has grown since the last fold.
+        return np.frombuffer(raw + bytes(count * _SLOT_BYTES - len(raw)), np.uint64).reshape(count, 2)
+
+    def _image(self, disk: int) -> Path:
+        return self._directory / f"{disk}.img"
+
+    def _sums(self, disk: int) -> Path:
+        return self._directory / f"{disk}.sums"
+
+    def _damaged(self, disk: int, number: int) -> StoredDamage:
+        return StoredDamage(
+            f"64 KiB at byte {number * CHUNK_BYTES} of the base image of disk {disk} are damaged on the store's disk.",
+            remedy="Check the disk. Recovery points that need these bytes are lost until a resync has replaced them.",
+            disk=disk,
+            offset=number * CHUNK_BYTES,
+            length=CHUNK_BYTES,
+        )
+
+
+def chunk_sum(chunk: Buffer) -> int:
+    """0 for zeros only."""
+    if not np.frombuffer(chunk, np.uint8).any():
+        return 0
+    return int.from_bytes(blake3(chunk).digest(8), "little") or 1
+
+
+def _lay_over(chunks: dict[int, bytearray], at: int, size: int, content: memoryview | None) -> None:
+    done = 0
+    while done < size:
+        number, skip = divmod(at + done, CHUNK_BYTES)
+        take = min(CHUNK_BYTES - skip, size - done)
+        chunks[number][skip : skip + take] = bytes(take) if content is None else content[done : done + take]
+        done += take
