@@ -33,7 +33,7 @@ records_of = st.lists(
 )
 
 
-def columns(records: list[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def columns(records: list[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     disks = np.array([record[0] for record in records], np.uint16)
     starts = keys(disks, np.array([record[1] * SECTOR_BYTES for record in records], np.uint64))
     lengths = np.array([record[2] * SECTOR_BYTES for record in records], np.uint64)
@@ -77,7 +77,7 @@ def test_every_sector_belongs_to_its_last_writer(records: list[Record]) -> None:
         assert start == key(disk, sector * SECTOR_BYTES) + offset
 
 
-def payloads(records: list[Record]) -> np.ndarray:  # type: ignore[type-arg]
+def payloads(records: list[Record]) -> np.ndarray:
     """Every sector of every record is filled with values of its own."""
     out = np.zeros((len(records), 4096), np.uint8)
     for number in range(len(records)):
