@@ -47,7 +47,10 @@ class Ring:
             headers = self._headers[at // 4 :: _WORDS][:count]
             # The maximum of all words is one call; looking for the busy one is the rare case.
             if max(headers) >= BUSY:
-                return start + next(i for i, header in enumerate(headers) if header >= BUSY) * RECORD_BYTES
+                # By now it may have been submitted.
+                busy = next((number for number, header in enumerate(headers) if header >= BUSY), count)
+                if busy < count:
+                    return start + busy * RECORD_BYTES
             start += count * RECORD_BYTES
         return end
 
