@@ -13,15 +13,39 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdp.agent.state import Fence, Mode, StateDir
 from cdp.agent.takenover import takeover_id
 from journal.position import Position
-from standby.takeover import address
-from standby.takeover.address import Evidence
+
+if TYPE_CHECKING:
+    from standby.takeover.address import Evidence
 
 log = logging.getLogger(__name__)
+
+
+# Netlink costs half a second of start-up and 20 MB: it is loaded in the thread that needs it, on the day that it does.
+def remove_addresses(addresses: Sequence[str]) -> Evidence:
+    from standby.takeover import address  # noqa: PLC0415
+
+    return address.remove(addresses)
+
+
+def add_addresses(
+    addresses: Sequence[str], device: str | None = None, lost_routes: Sequence[dict[str, Any]] = ()
+) -> dict[str, str]:
+    from standby.takeover import address  # noqa: PLC0415
+
+    return address.add(addresses, device, lost_routes)
+
+
+def announce_addresses(addresses: Sequence[str]) -> None:
+    """Tell the neighbours where the addresses are now, several times within seconds."""
+    from standby.takeover import address  # noqa: PLC0415
+
+    for text, device in address.holds(addresses).items():
+        address.announce([text], device)
 
 
 class Fencer:
@@ -47,7 +71,7 @@ class Fencer:
         )
         self.fence = fence
         _, evidence = await asyncio.gather(
-            asyncio.to_thread(self._state.save_fence, fence), asyncio.to_thread(address.remove, addresses)
+            asyncio.to_thread(self._state.save_fence, fence), asyncio.to_thread(remove_addresses, addresses)
         )
         await self._note(evidence)
         log.warning("fenced for generation %d: removed %s", generation, ", ".join(evidence.removed) or "no address")
@@ -56,7 +80,7 @@ class Fencer:
     async def enforce(self) -> None:
         """Take off whatever has come back: a network manager may restore what it was configured with."""
         if self.fence is not None:
-            await self._note(await asyncio.to_thread(address.remove, self.fence.addresses))
+            await self._note(await asyncio.to_thread(remove_addresses, self.fence.addresses))
 
     async def lift(self, addresses: Sequence[str]) -> None:
         """Put the addresses back where they were. The note is deleted by ``forget``, when all else is done."""
@@ -68,12 +92,7 @@ class Fencer:
         for text in addresses:
             by_device.setdefault(where.get(text.partition("/")[0]), []).append(text)
         for device, mine in by_device.items():
-            await asyncio.to_thread(address.add, mine, device, fence.routes)
-
-    async def announce(self, addresses: Sequence[str]) -> None:
-        """Tell the neighbours, several times within seconds."""
-        for text, device in (await asyncio.to_thread(address.holds, addresses)).items():
-            await asyncio.to_thread(address.announce, [text], device)
+            await asyncio.to_thread(add_addresses, mine, device, fence.routes)
 
     async def forget(self) -> None:
         await asyncio.to_thread(self._state.save_fence, None)
@@ -94,4 +113,4 @@ def guard(state: StateDir) -> Evidence | None:
     """For the boot guard (``cdp agent guard``): enforce the fence, without an agent. None if there is none, or if it is
     the source's and this is the machine that a takeover made from its disk."""
     fence = state.fence()
-    return None if fence is None or takeover_id() is not None else address.remove(fence.addresses)
+    return None if fence is None or takeover_id() is not None else remove_addresses(fence.addresses)

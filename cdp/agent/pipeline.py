@@ -199,8 +199,8 @@ class Pipeline:
 
     # --- the beat -----------------------------------------------------------------------------------------------------
     async def run(self) -> None:
-        """Until cancelled."""
-        due = time.monotonic() + self._segment_s
+        """Until cancelled. The first cut is made at once: there may be much to catch up with."""
+        due = time.monotonic()
         while True:
             await self._wait(due)
             early = time.monotonic() < due and not self._orders and not self._rounds.urgent

@@ -24,7 +24,7 @@ import msgspec
 
 from cdp.agent.client import Client
 from cdp.agent.errors import NotFencedHere, UnknownVerb
-from cdp.agent.fence import Fencer
+from cdp.agent.fence import Fencer, add_addresses, announce_addresses
 from cdp.agent.pipeline import Pipeline
 from cdp.agent.push import Pusher
 from cdp.agent.quiesce import Quiescer
@@ -33,7 +33,6 @@ from cdp.agent.status import Status
 from journal.errors import CdpError
 from journal.position import Position
 from journal.wire import MachineState
-from standby.takeover import address
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +189,7 @@ class Orders:
         self._status.fenced = False
         self.pusher.paused = False
         self.pusher.notify()
-        task = asyncio.create_task(self._fencer.announce(args.addresses))
+        task = asyncio.create_task(asyncio.to_thread(announce_addresses, args.addresses))
         self._announcing.add(task)
         task.add_done_callback(self._announcing.discard)
         return {}
@@ -208,7 +207,7 @@ class Orders:
     async def _address(self, args: AddressArgs) -> dict[str, Any]:
         if self._fencer.fence is not None:
             raise NotFencedHere("This machine is fenced: it takes no address.", remedy="Lift the fence first.")
-        held = await asyncio.to_thread(address.add, args.add)
+        held = await asyncio.to_thread(add_addresses, args.add)
         return {"held": list(held)}
 
     # --- of its own accord --------------------------------------------------------------------------------------------
@@ -257,7 +256,11 @@ class Orders:
                     except CdpError as error:
                         self._status.failed("quiesce", error)
             if self._fencer.fence is not None:
-                await self._fencer.enforce()
+                try:
+                    await self._fencer.enforce()
+                    self._status.works("fence")
+                except CdpError as error:
+                    self._status.failed("fence", error)
             await asyncio.sleep(ENFORCE_S)
 
     async def enforce_at_start(self) -> None:
