@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from cdp.agent.capture.errors import CaptureMismatch, CaptureMissing, SpoolMissi
 from cdp.agent.capture.session import CaptureSession
 from cdp.agent.capture.settle import wait_settled
 from cdp.agent.capture.spool import RawSpool
+from tests.harness.mounts import MountNamespace
 from tests.harness.process import run
 from tests.harness.wait import wait_until
 from tests.real.capture.rig import MIB, Model, Rig, fio, write_direct
@@ -225,6 +227,24 @@ def test_release_bounds_the_spool(rig: Rig) -> None:
     assert len(chunks) <= 3
     with pytest.raises(SpoolRangeGone):
         rig.spool.release(0)
+
+
+def test_the_spool_must_not_lie_on_a_protected_disk(rig: Rig) -> None:
+    device = rig.add_disk()
+    run(["mkfs.ext4", "-q", str(device)])
+    rig.attach()
+    with MountNamespace(rig.directory) as namespace:
+        point = rig.directory / "mnt"
+        namespace.mount(device, point)
+        drain = [sys.executable, "-m", "cdp.agent.capture.drain", "--pin-dir", str(rig.pin_dir)]
+        refused = subprocess.run(
+            [*namespace.prefix, *drain, "--spool-dir", str(point / "raw"), "--spool-bytes", "0"],
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        namespace.unmount(point)
+    assert refused.returncode == 78
+    assert json.loads(refused.stderr)["code"] == "raw-spool-on-protected-disk"
 
 
 def test_two_drainers_do_not_share_a_ring(rig: Rig) -> None:
