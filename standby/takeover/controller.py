@@ -211,12 +211,12 @@ class TakeoverController:
                 )
             if not record.active:
                 continue
-            if mode is Mode.UNPLANNED and record.stalled is not None and record.direction is not Direction.FORWARD:
+            if mode is Mode.UNPLANNED and record.stalled is not None and _standby_is_free(record):
                 await self._finish(record, State.FAILED)
                 continue
             raise TakeoverActive(
                 f"Takeover {record.id} of this machine is active ({record.state}).",
-                remedy="Wait for it, or roll it back; 'cdp status' shows it.",
+                remedy="Wait for it, retry it if it has stalled, or roll it back; 'cdp status' shows it.",
                 takeover=record.id,
                 state=record.state.value,
             )
@@ -275,6 +275,11 @@ def _retry(record: TakeoverRecord) -> None:
         entry = record.last(act)
         if entry is not None and entry.outcome is Outcome.FAILED:
             entry.outcome = Outcome.RETRIED
+
+
+def _standby_is_free(record: TakeoverRecord) -> bool:
+    """On its way back and past the point where the standby is part of it: only the source is still waited for."""
+    return record.direction is Direction.UNDO or record.done(Act.GENERATION_BACK)
 
 
 async def _raise(error: Exception) -> None:

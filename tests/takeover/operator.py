@@ -35,19 +35,21 @@ class Operator:
 
     async def _life(self) -> bool:
         """One life of the controller; True if the takeover came to rest in it."""
+        life = asyncio.create_task(self._serve())
+        killed = asyncio.create_task(self.world.killed.wait())
+        await asyncio.wait((life, killed), return_when=asyncio.FIRST_COMPLETED)
+        rested = life.result() if life.done() else False
+        life.cancel()
+        killed.cancel()
+        await asyncio.wait((life, killed))
+        return rested
+
+    async def _serve(self) -> bool:
         ids = iter(f"t{number}" for number in range(len(self.world.records) + 1, 1000))
         rested = False
         try:
             async with TakeoverController(Records(self.world), self.world.ports(), lambda: next(ids)) as controller:
-                work = asyncio.create_task(self._work(controller))
-                killed = asyncio.create_task(self.world.killed.wait())
-                try:
-                    await asyncio.wait((work, killed), return_when=asyncio.FIRST_COMPLETED)
-                    rested = await work if work.done() else False
-                finally:
-                    work.cancel()
-                    killed.cancel()
-                    await asyncio.wait((work, killed))
+                rested = await self._work(controller)
         except* Broken:
             pass  # a record that could not be stored ends the process: that is a kill, too
         return rested
@@ -60,7 +62,9 @@ class Operator:
                                                             options=self.options)).id  # fmt: skip
         while True:
             record = await controller.settled(self.takeover)
-            if record.stalled is not None and not self.world.source.alive and record.direction is not Direction.FORWARD:
+            dead = not self.world.source.alive
+            free = record.direction is Direction.UNDO or record.done(Act.GENERATION_BACK)
+            if dead and ((record.stalled is not None and free) or record.state in (State.FAILED, State.ROLLED_BACK)):
                 await self._supersede(controller)
             elif record.stalled is not None:
                 assert self.retries_left > 0, f"stalled for good: {record.stalled}"
@@ -77,6 +81,11 @@ class Operator:
 
     async def _supersede(self, controller: TakeoverController) -> None:
         """The source died while it was to get the service back: take over from what is stored."""
+        assert self.retries_left > 0, "the dead source is never taken over"
+        self.retries_left -= 1
+        if self.world.standby.mode == "off":  # the operator starts it
+            self.world.standby.mode = "following"
+            self.world.follow()
         with contextlib.suppress(CdpError):
             options = Options(source_is_down=True)
             record = await controller.take_over(self.world.spec, Mode.UNPLANNED, actor="test", options=options)

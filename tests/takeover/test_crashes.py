@@ -21,7 +21,7 @@ from tests.takeover.world import Fault, World
 
 SCENES = ("planned", "planned-without-quiesce", "planned-then-rollback", "no-automatic-rollback", "unplanned")
 KINDS = ("kill", "error", "flaky", "hang")
-SCHEDULES = int(os.environ.get("CDP_TAKEOVER_SCHEDULES", "1500"))
+SCHEDULES = int(os.environ.get("CDP_TAKEOVER_SCHEDULES", "1200"))
 
 
 def scene(name: str, world: World) -> Operator:
