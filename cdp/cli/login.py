@@ -47,7 +47,12 @@ def login(url: str, token: str, name: str | None) -> None:
 
 @click.group()
 def operators() -> None:
-    """Let somebody else become an operator."""
+    """Let somebody else become an operator.
+
+    \b
+    Example:
+      cdp operators token
+    """
 
 
 @operators.command()

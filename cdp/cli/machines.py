@@ -77,7 +77,12 @@ def remove(name: str, force: bool) -> None:
 @click.option("--limit", type=click.IntRange(1, m.AUDIT_MAX), default=50, show_default=True)
 @json_option
 def audit(limit: int, as_json: bool) -> None:
-    """Show who did what, the newest first."""
+    """Show who did what, the newest first.
+
+    \b
+    Example:
+      cdp audit --limit 10
+    """
     lines = connect().get(list[m.AuditLine], m.AUDIT, limit=limit)
     if as_json:
         print_json(lines)

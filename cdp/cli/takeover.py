@@ -69,6 +69,10 @@ def rollback(name: str, yes: bool, wait: bool, as_json: bool) -> None:
     """Go back to the source of NAME's latest, planned takeover, or cancel it while it still can be.
 
     What was written on the standby since the takeover is lost. The standby follows again afterwards.
+
+    \b
+    Example:
+      cdp rollback db1
     """
     client = connect()
     record = _latest(client, name)
@@ -86,7 +90,12 @@ def rollback(name: str, yes: bool, wait: bool, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def commit(name: str, as_json: bool) -> None:
-    """Make NAME's latest takeover final: the source will not be needed any more."""
+    """Make NAME's latest takeover final: the source will not be needed any more.
+
+    \b
+    Example:
+      cdp commit db1
+    """
     client = connect()
     _print(client.send("POST", name_in(m.COMMIT, _latest(client, name)["id"]), None, Record), as_json)
 
@@ -96,7 +105,12 @@ def commit(name: str, as_json: bool) -> None:
 @_wait_option
 @json_option
 def retry(name: str, wait: bool, as_json: bool) -> None:
-    """Try again what has stalled in NAME's latest takeover, after its cause was removed."""
+    """Try again what has stalled in NAME's latest takeover, after its cause was removed.
+
+    \b
+    Example:
+      cdp retry db1
+    """
     client = connect()
     record = client.send("POST", name_in(m.RETRY, _latest(client, name)["id"]), None, Record)
     _follow(client, record, wait=wait, as_json=as_json, wanted={"running", "committed", "rolled-back"})
@@ -106,7 +120,12 @@ def retry(name: str, wait: bool, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def takeovers(name: str, as_json: bool) -> None:
-    """List the takeovers of NAME, the newest first."""
+    """List the takeovers of NAME, the newest first.
+
+    \b
+    Example:
+      cdp takeovers db1
+    """
     found = connect().get(list[Record], name_in(m.MACHINE_TAKEOVERS, name))
     if as_json:
         print_json(found)

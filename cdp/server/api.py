@@ -193,10 +193,11 @@ class Api:
     async def point(self, request: web.Request) -> web.StreamResponse:
         at = query_text(request, "at", "")
         try:
-            at_ns = int(float(at) * NS) if at else None
+            # Times are shown to the millisecond, so the whole of the millisecond counts.
+            at_ns = int(float(at) * 1000) * (NS // 1000) + NS // 1000 - 1 if at else None
         except (ValueError, OverflowError):
             at_ns = -1
-        if at_ns is not None and not 0 <= at_ns <= SECONDS_MAX * NS:
+        if at_ns is not None and not 0 <= at_ns < SECONDS_MAX * NS:
             raise BadRequest("The parameter 'at' is not a time in seconds.", remedy="Correct the request.")
         return answer(await self._workers.read(self._point, await self._named(request), at_ns))
 
