@@ -34,12 +34,17 @@ def passed(moment_s: float) -> None:
     wait_until(lambda: time.monotonic() >= moment_s, 1, "the moment", 0.001)
 
 
+def wait_for_pass(rig: Rig, since_ns: int) -> None:
+    wait_until(lambda: rig.spool.drainer_pass_ns > since_ns, 20, "a pass of the drainer", 0.002)
+
+
 def test_drainer_killed_at_random_moments(rig: Rig) -> None:
     seed = int(os.environ.get("CDP_TEST_SEED", time.time_ns() % 1_000_000))
     print(f"CDP_TEST_SEED={seed}")
     source = random.Random(seed)
     device = rig.add_disk()
-    session = rig.attach()
+    # Large enough for the times without a drainer, however long a busy machine takes to start one.
+    session = rig.attach(ring_bytes=64 * MIB)
     rig.start_drainer()
     rig.cut()
     sizes = ["--bsrange=4k-64k", "--iodepth=4", "--size=64m", "--time_based", "--runtime=600", "--rate=15m"]
@@ -49,6 +54,9 @@ def test_drainer_killed_at_random_moments(rig: Rig) -> None:
     start = 0
     try:
         for _ in range(KILLS):
+            if source.random() < 0.8:  # else it is killed while it starts
+                since = time.monotonic_ns()
+                wait_for_pass(rig, since)
             passed(time.monotonic() + source.uniform(0.0, 0.08))
             rig.kill_drainer()
             # Alternately read while nobody drains, and while the successor rewrites what the killed one had begun.
