@@ -17,7 +17,7 @@ from pathlib import Path
 from journal import wire
 from journal.errors import CdpError
 from standby.pe import network
-from standby.pe.boot import Kexec, ReplicatedSystem
+from standby.pe.boot import Kexec, Loader, ReplicatedSystem
 from standby.pe.config import CONFIG_SERIAL, PeConfig, device_by_serial, load
 from standby.pe.control import Control
 from standby.pe.verbs import Verbs
@@ -33,10 +33,11 @@ CONSUMER = "standby"
 class Standby:
     """Everything that runs in the PE."""
 
-    def __init__(self, config: PeConfig, disks: Mapping[int, BlockDisk], mac: str) -> None:
+    def __init__(self, config: PeConfig, disks: Mapping[int, BlockDisk], mac: str, loader: Loader) -> None:
         self._config = config
         self._disks = disks
         self._mac = mac
+        self._loader = loader
 
     async def run(self) -> None:
         """Until cancelled, or until a part of it dies, which ends the process."""
@@ -82,7 +83,7 @@ class Standby:
             mac=self._mac,
             server=self._config.server,
             service_addresses=service_addresses,
-            loader=Kexec(),
+            loader=self._loader,
         )
 
     def _hello(self) -> wire.Hello:
@@ -137,7 +138,7 @@ def main() -> None:
             for disk in config.disks:
                 disks[disk.index] = BlockDisk(device_by_serial(disk.serial))
                 stack.callback(disks[disk.index].close)
-            asyncio.run(Standby(config, disks, card.mac).run())
+            asyncio.run(Standby(config, disks, card.mac, Kexec()).run())
     except CdpError as error:
         raise SystemExit(f"cdp-pe: {error}") from error
 
