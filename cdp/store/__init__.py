@@ -39,6 +39,8 @@ Synchronous and thread-safe; a server calls it from worker threads. One process 
         image.extents(disk, offset, length) -> [(offset, length, is_hole)]
         image.image_segment(disk, offset, length) -> bytes          # wire.IMAGE
         image.hashes(disk, offset, length, chunk) -> bytes          # wire.HASHES
+    store.retain(uuid, keep_ns=, keep_bytes=) -> Retained           # one step of folding; call while ``more``
+    verify(store, uuid) -> Verified                                 # reads everything; Verifier paces itself
     recover(store, uuid, disk, position, out_path, format="raw" | "qcow2", progress=callback)
 
 Errors are in ``cdp.store.errors`` and ``journal.errors``. How the store survives a crash at each step is told in
@@ -49,10 +51,12 @@ from cdp.store.image import ImageReader
 from cdp.store.records import Bookmark, Cursor, FuzzyInterval, Generation, History, Machine, RecoveryPoint, Usage
 from cdp.store.recover import recover
 from cdp.store.store import Store
+from cdp.store.verify import Damage, Verified, Verifier, verify
 
 __all__ = [
     "Bookmark",
     "Cursor",
+    "Damage",
     "FuzzyInterval",
     "Generation",
     "History",
@@ -61,5 +65,8 @@ __all__ = [
     "RecoveryPoint",
     "Store",
     "Usage",
+    "Verified",
+    "Verifier",
     "recover",
+    "verify",
 ]

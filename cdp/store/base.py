@@ -134,8 +134,8 @@ class BaseImage:
         with opened(self._files, self._image(disk), write=True) as image:
             self._files.sync(image)
 
-    def damaged_chunks(self, disk: int) -> Iterator[tuple[int, int]]:
-        """Read everything: ``(offset, length)`` of each chunk that does not match its sums."""
+    def verify(self, disk: int) -> Iterator[tuple[int, StoredDamage | None]]:
+        """Read everything, a batch at a time: bytes checked, and what is damaged among them (the first of it)."""
         chunks = self._image(disk).stat().st_size // CHUNK_BYTES
         for first in range(0, chunks, BATCH_CHUNKS):
             count = min(BATCH_CHUNKS, chunks - first)
@@ -144,11 +144,14 @@ class BaseImage:
                 opened(self._files, self._image(disk)) as image,
                 opened(self._files, self._sums(disk)) as sums,
             ):
-                slots = self._read_slots(sums, first, count)
+                slots = self._read_slots(sums, first, count).tolist()
                 data = memoryview(self._files.read(image, count * CHUNK_BYTES, first * CHUNK_BYTES))
-            for index in range(count):
-                if chunk_sum(data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]) not in slots[index]:
-                    yield (first + index) * CHUNK_BYTES, CHUNK_BYTES
+            bad = [
+                first + index
+                for index, slot in enumerate(slots)
+                if chunk_sum(data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]) not in slot
+            ]
+            yield len(data), self._damaged(disk, bad[0]) if bad else None
 
     def _read_slots(self, sums: int, first: int, count: int) -> npt.NDArray[np.uint64]:
         raw = self._files.read(sums, count * _SLOT_BYTES, first * _SLOT_BYTES)

@@ -20,6 +20,7 @@ from cdp.store.records import (
     RecoveryPoint,
     Span,
     Usage,
+    generation_key,
     segment_key,
     time_bound,
     time_key,
@@ -190,6 +191,14 @@ class Reading(Ingest):
     def _pending(self, state: MachineState) -> list[Entry]:
         with state.lock:
             return list(state.pending.values())
+
+    def newest_entry(self, state: MachineState, generation: int) -> Entry | None:
+        """The last stored segment of a generation."""
+        if generation == state.tip.generation and (pending := self._pending(state)):
+            return pending[-1]
+        prefix = generation_key(state.machine.uuid, generation)
+        with self.index.read() as txn, closing(txn.scan_back("segments", prefix + b"\xff" * 9, prefix)) as rows:
+            return next((Entry.unpack(value) for _, value in rows), None)
 
     def entries(self, state: MachineState, span: Span, limit: int) -> list[Entry]:
         """At most ``limit`` stored segments of ``span``, in order."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -67,7 +67,7 @@ class Reader:
         value = self.get(table, key)
         return None if value is None else msgspec.msgpack.decode(value, type=kind)
 
-    def scan(self, table: str, start: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def scan(self, table: str, start: bytes, prefix: bytes) -> Generator[tuple[bytes, bytes], None, None]:
         """Rows from ``start`` on, ascending, while the key begins with ``prefix``."""
         with self._txn.cursor(db=self._tables[table]) as cursor:
             if not cursor.set_range(start):
@@ -77,7 +77,7 @@ class Reader:
                     return
                 yield key, _checked(table, key, value)
 
-    def scan_back(self, table: str, before: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def scan_back(self, table: str, before: bytes, prefix: bytes) -> Generator[tuple[bytes, bytes], None, None]:
         """Rows whose key is below ``before``, descending, while the key begins with ``prefix``."""
         with self._txn.cursor(db=self._tables[table]) as cursor:
             if not (cursor.prev() if cursor.set_range(before) else cursor.last()):

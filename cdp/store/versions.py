@@ -18,6 +18,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Protocol
 
 from cdp.store.errors import RunDamaged
@@ -30,6 +31,7 @@ from journal.position import Position
 TAIL_ENTRIES_MAX: Final = 1 << 16
 TAIL_SEGMENTS_MAX: Final = 1 << 10
 FAN: Final = 8
+_ENTRIES_READ: Final = 1024
 RUN_ENTRIES_MAX: Final = 1 << 22
 """64 MiB: larger runs are not merged any further, which bounds the memory of a merge."""
 _FAILURES_MAX: Final = 8
@@ -88,14 +90,25 @@ class _Generation:
 class Versions:
     """Thread-safe."""
 
-    def __init__(self, source: Source, shelf: Shelf) -> None:
+    def __init__(self, source: Source, shelf: Shelf, *, tail_segments_max: int = TAIL_SEGMENTS_MAX) -> None:
         self._source = source
+        self._tail_segments_max = tail_segments_max
         self._shelf = shelf
         self._generations: dict[int, _Generation] = {}
         self._lock = threading.Lock()
 
     def catch_up(self, spans: Sequence[Span], stop: Callable[[], bool] = lambda: False) -> None:
         """Index every segment of ``spans`` that is not yet. Returns early once ``stop()``."""
+        for failures in itertools.count(1):
+            try:
+                self._catch_up(spans, stop)
+                return
+            except (RunDamaged, FileNotFoundError) as error:
+                if failures > _FAILURES_MAX:
+                    raise
+                self._discard(error)
+
+    def _catch_up(self, spans: Sequence[Span], stop: Callable[[], bool]) -> None:
         for span in spans:
             while not stop():
                 with self._lock:
@@ -103,7 +116,7 @@ class Versions:
                     first = max(span.first, generation.last + 1)
                     if first > span.last:
                         break
-                    entries = self._source.entries(Span(span.generation, first, span.last), TAIL_SEGMENTS_MAX)
+                    entries = self._source.entries(Span(span.generation, first, span.last), _ENTRIES_READ)
                     if not entries:
                         break
                     self._add(generation, entries)
@@ -140,9 +153,8 @@ class Versions:
                 failures += 1
                 if failures > _FAILURES_MAX:
                     raise
-                if isinstance(error, RunDamaged):
-                    self._discard(error.fields["file"])
-                # Otherwise it has just become part of a larger one.
+                # A run whose file has vanished is not among the runs any more if it has become part of a larger one.
+                self._discard(error)
                 self.catch_up(spans)
                 runs = self._runs(spans)
                 continue
@@ -159,8 +171,9 @@ class Versions:
                 if run.first <= span.last and run.last >= span.first
             ]
 
-    def _discard(self, name: str) -> None:
+    def _discard(self, error: RunDamaged | FileNotFoundError) -> None:
         """Drop a damaged run and all that follow it in its generation: they are built again."""
+        name = error.fields["file"] if isinstance(error, RunDamaged) else Path(error.filename).name
         with self._lock:
             for generation in self._generations.values():
                 index = next((i for i, run in enumerate(generation.runs) if self._shelf.is_named(run, name)), None)
@@ -191,7 +204,7 @@ class Versions:
             generation.tail.append((entry.header.position, keys, values))
             generation.tail_entries += len(keys)
             generation.tail_run = None
-            if generation.tail_entries >= TAIL_ENTRIES_MAX or len(generation.tail) >= TAIL_SEGMENTS_MAX:
+            if generation.tail_entries >= TAIL_ENTRIES_MAX or len(generation.tail) >= self._tail_segments_max:
                 self._spill(generation)
 
     def _spill(self, generation: _Generation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from pathlib import Path
 
 from cdp.store import ImageReader, Store
 from journal.encoder import Encoder
@@ -13,6 +14,7 @@ from journal.segment import Flags, Header
 from journal.wire import DiskInfo
 
 SECOND_NS = 10**9
+SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 Write = tuple[int, int, int, int]
 """``(disk, offset, length, kind)``; sorted and free of overlaps within a segment."""
 

@@ -16,7 +16,7 @@ from cdp.store import Store
 from journal.position import Position
 from journal.segment import Flags
 from tests.store.faulty import FaultyFiles, PowerCut
-from tests.store.source import SECOND_NS, Source, make
+from tests.store.source import SCRATCH, SECOND_NS, Source, make
 
 SIZES = (64 << 10, 24 << 10)
 FLAGS = st.sampled_from([Flags.NONE, Flags.NONE, Flags.NONE, Flags.FUZZY, Flags.CONTINUES])
@@ -28,7 +28,7 @@ class CrashMachine(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 2**32))
     def begin(self, seed: int) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="cdp-store-test-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="cdp-store-test-", dir=SCRATCH))
         self.seed = seed
         self.acknowledged: list[Position] = []
         self.in_flight: Position | None = None
