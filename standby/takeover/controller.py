@@ -26,7 +26,7 @@ from standby.takeover.errors import RecordDamaged, TakeoverActive, TakeoverUnkno
 from standby.takeover.plan import check_command
 from standby.takeover.ports import Ports
 from standby.takeover.record import Options, RecordStore, TakeoverRecord
-from standby.takeover.states import Act, Direction, Mode, Outcome, State
+from standby.takeover.states import Act, Direction, Mode, State
 
 
 class TakeoverController:
@@ -57,7 +57,7 @@ class TakeoverController:
             self._records[record.id] = record
             self._shown[record.id] = TakeoverRecord.decode(raw)
             if record.active and record.stalled is not None:
-                _retry(record)  # what it waited for may have come while we were away
+                record.reopen()  # what it waited for may have come while we were away
                 await self._save(record)
         await self._group.__aenter__()
         self._serving = True
@@ -125,7 +125,7 @@ class TakeoverController:
     async def retry(self, takeover: str) -> TakeoverRecord:
         """Try again what stalled. Raises ``TakeoverRefused``."""
         record = self._checked(takeover, "retry")
-        _retry(record)
+        record.reopen()
         await self._save(record)
         self._wake(record)
         return self.record(takeover)
@@ -266,15 +266,6 @@ class TakeoverController:
 
 def _has_work(record: TakeoverRecord) -> bool:
     return record.active or (record.state is State.RUNNING and record.rollback_requested)
-
-
-def _retry(record: TakeoverRecord) -> None:
-    """What has failed may be begun again."""
-    record.stalled = None
-    for act in Act:
-        entry = record.last(act)
-        if entry is not None and entry.outcome is Outcome.FAILED:
-            entry.outcome = Outcome.RETRIED
 
 
 def _standby_is_free(record: TakeoverRecord) -> bool:

@@ -203,7 +203,8 @@ class Drive:
             f"{act} was not done within {deadline_s or 0:.0f} s: "
             + (last["sentence"] if last else waiting or "no answer came")
             + ("" if last and str(last["sentence"]).endswith(".") else "."),
-            remedy=str(last["remedy"]) if last else "See the log of that side; deadlines are in the specification.",
+            remedy=(str(last["remedy"]) if last else "")
+            or "See that side's log; the deadlines are in the specification.",
             act=act.value,
             last=last,
         ) from problem

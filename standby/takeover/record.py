@@ -164,6 +164,13 @@ class TakeoverRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         self.entries.append(entry)
         return entry
 
+    def reopen(self) -> None:
+        """Nothing is stalled, and what has failed may be begun again."""
+        self.stalled = None
+        for entry in {entry.act: entry for entry in self.entries}.values():
+            if entry.outcome is Outcome.FAILED:
+                entry.outcome = Outcome.RETRIED
+
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 

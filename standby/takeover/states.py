@@ -129,7 +129,7 @@ PHASE_OF: dict[Act, State] = {
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CHECK: frozenset({State.QUIESCE, State.FENCE, State.FAILED}),
-    State.QUIESCE: frozenset({State.SEAL, State.UNDOING}),
+    State.QUIESCE: frozenset({State.SEAL, State.UNDOING, State.FAILED}),  # failed: cancelled before it began
     State.SEAL: frozenset({State.FENCE, State.UNDOING}),
     State.FENCE: frozenset({*PHASES[4:], State.UNDOING, State.ROLLING_BACK, State.FAILED}),
     State.DRAIN: frozenset({*PHASES[5:], State.ROLLING_BACK}),
