@@ -55,13 +55,16 @@ class BaseImage:
     def disks(self) -> list[int]:
         return sorted(int(path.stem) for path in self._directory.glob("*.img"))
 
+    def has(self, disk: int) -> bool:
+        return self._image(disk).exists()
+
     def stored_bytes(self) -> int:
         """Disk blocks in use."""
         return sum(path.stat().st_blocks * 512 for path in self._directory.glob("*"))
 
     def read_into(self, disk: int, offset: int, out: memoryview) -> None:
         """Fill ``out``, which is all zeros. Every chunk is checked: raises ``StoredDamage``; and ``OSError``."""
-        if not self._image(disk).exists():
+        if not self.has(disk):
             return
         with self._lock, opened(self._files, self._image(disk)) as image, opened(self._files, self._sums(disk)) as sums:
             done = 0
@@ -78,7 +81,7 @@ class BaseImage:
 
     def extents(self, disk: int, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, consecutive; holes by whole chunks."""
-        if not self._image(disk).exists():
+        if not self.has(disk):
             yield offset, length, True
             return
         at, stop = offset, offset + length

@@ -58,6 +58,7 @@ class Core:
         self._wake = threading.Condition()
         self._pending_count = 0
         self._closing = False
+        self._stopping = threading.Event()
         self._refusing: CdpError | None = None
         self._broken: BaseException | None = None
         self._lock_handle = _lock(directory)
@@ -69,17 +70,15 @@ class Core:
         except BaseException:
             os.close(self._lock_handle)
             raise
-        self._flusher = threading.Thread(target=self._run_flusher, name="store-flush", daemon=True)
-        self._flusher.start()
+        self._threads: list[threading.Thread] = []
+        self.start_thread("store-flush", self._run_flusher)
 
     def close(self) -> None:
         """Commit what is pending and let go of the directory."""
         with self._wake:
             if self._closing:
                 return
-            self._closing = True
-            self._wake.notify_all()
-        self._flusher.join()
+        self._stop_threads()
         try:
             self.flush()
         finally:
@@ -87,11 +86,30 @@ class Core:
 
     def abandon(self) -> None:
         """Let go of the directory as a killed process would: nothing is committed any more. For crash tests."""
+        self._stop_threads()
+        self._let_go()
+
+    def start_thread(self, name: str, work: Callable[[], None]) -> None:
+        """Run ``work`` until the store is closed. If it fails, so does the next ``put_segment``."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._broken = error
+                raise
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _stop_threads(self) -> None:
+        self._stopping.set()
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        self._flusher.join()
-        self._let_go()
+        for thread in self._threads:
+            thread.join()
 
     def flush(self) -> None:
         """Commit every pending segment to the index. Raises ``StoreFull`` and ``StoreFailed``; nothing is lost then."""
@@ -118,7 +136,7 @@ class Core:
         """Raise if the store cannot take another segment now."""
         if self._broken is not None:
             raise StoreFailed(
-                f"The background commit of the index has failed: {self._broken}.",
+                f"The background work of the store has failed: {self._broken}.",
                 remedy="Restart the server; nothing that was acknowledged is lost.",
             ) from self._broken
         refusing = self._refusing
@@ -204,17 +222,13 @@ class Core:
             self._refusing = error
 
     def _run_flusher(self) -> None:
-        try:
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._closing or self._pending_count or self._refusing)
-                    self._wake.wait_for(lambda: self._closing, timeout=self._flush_interval_s)
-                    if self._closing:
-                        return
-                self._flush_or_refuse()
-        except BaseException as error:
-            self._broken = error
-            raise
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._pending_count or self._refusing)
+                self._wake.wait_for(lambda: self._closing, timeout=self._flush_interval_s)
+                if self._closing:
+                    return
+            self._flush_or_refuse()
 
     def _load(self) -> None:
         with self.index.read() as txn:

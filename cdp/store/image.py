@@ -200,13 +200,17 @@ class ImageReader:
                 self._base.read_into(disk, offset, target)
 
     def _parts(self, disk: int, pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
-        for offset, length, kind in zip(
-            pieces.offsets.tolist(), pieces.lengths.tolist(), pieces.kinds.tolist(), strict=True
-        ):
+        """``(offset, length, is_hole)``, neighbours of one kind already joined: there may be millions of pieces."""
+        below = BASE if self._base.has(disk) else Kind.ZERO
+        kinds = np.where(pieces.kinds == BASE, below, np.where(pieces.kinds == Kind.DATA, Kind.DATA, Kind.ZERO))
+        firsts = np.concatenate(([0], np.flatnonzero(np.diff(kinds)) + 1))
+        offsets = pieces.offsets[firsts].tolist()
+        stops = [*offsets[1:], int(pieces.offsets[-1] + pieces.lengths[-1])]
+        for offset, stop, kind in zip(offsets, stops, kinds[firsts].tolist(), strict=True):
             if kind == BASE:
-                yield from self._base.extents(disk, offset, length)
+                yield from self._base.extents(disk, offset, stop - offset)
             else:
-                yield offset, length, kind != Kind.DATA
+                yield offset, stop - offset, kind != Kind.DATA
 
     def _check_range(self, disk: int, offset: int, length: int, unit: int = 1) -> None:
         size_bytes = self.disk(disk).size_bytes

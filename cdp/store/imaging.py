@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cdp.store.base import BaseImage
 from cdp.store.errors import StoreFailed
@@ -19,8 +20,13 @@ from cdp.store.records import Base, Entry, Span
 from cdp.store.runfile import PageCache, RunShelf
 from cdp.store.state import MachineState
 from cdp.store.versions import Versions
+from journal.errors import CdpError
 from journal.extent import Extents
 from journal.position import Position
+
+_INDEX_INTERVAL_S: Final = 5.0
+_INDEX_BEHIND_MAX: Final = 256
+"""Segments that a reader may have to index first: some milliseconds."""
 
 
 class _Tables:
@@ -49,6 +55,7 @@ class Imaging(Ledger):
         self._bases: dict[tuple[uuid.UUID, int], BaseImage] = {}
         self._pins: dict[uuid.UUID, Counter[Position]] = {}
         self._imaging_lock = threading.Lock()
+        self.start_thread("store-index", self._run_indexer)
 
     def versions(self, machine: uuid.UUID) -> Versions:
         state = self.state(machine)
@@ -101,6 +108,19 @@ class Imaging(Ledger):
                     return pinned
             state.base = base
             return None
+
+    def _run_indexer(self) -> None:
+        """Keep the point-in-time index of every machine close to its tip, so that no reader has to wait for it."""
+        while not self._stopping.wait(_INDEX_INTERVAL_S):
+            for machine in self.list_machines():
+                # A machine that is being removed, or damage: whoever reads that machine is told.
+                with suppress(CdpError):
+                    state = self.state(machine.uuid)
+                    with state.lock:
+                        live = state.unfolded(state.lineage())[-1]
+                    versions = self.versions(machine.uuid)
+                    if versions.behind(live) >= _INDEX_BEHIND_MAX:
+                        versions.catch_up([live], self._stopping.is_set)
 
     def finish_removal(self, machine: uuid.UUID) -> None:
         super().finish_removal(machine)
