@@ -2,7 +2,7 @@
 
     <pin_dir>/ring control disks stamps           maps
               stamps_<slot>                       of each disk
-              bio_queue rq_complete bio_complete mark    programs
+              bio_queue rq_complete* bio_complete* mark    programs
               link_<program>                      what makes them run
 
 They are made in ``<pin_dir>-partial`` (the file system allows no dots) and renamed as one: a capture exists whole or
@@ -25,7 +25,10 @@ from cdp.agent.capture.devices import Device
 from cdp.agent.capture.errors import CaptureMissing
 
 MAPS = ("ring", "control", "disks", "stamps")
-HOOKS = {"bio_queue": "block_bio_queue", "rq_complete": "block_rq_complete", "bio_complete": "block_bio_complete"}
+HOOKS = {"bio_queue": "block_bio_queue"} | {
+    f"{program}{copy}": f"block_{program}" for program in ("rq_complete", "bio_complete") for copy in ("", "_1", "_2")
+}
+"""Program: tracepoint. Completions come in three copies, so that one runs whatever it interrupts (see the C source)."""
 PROGRAMS = (*HOOKS, "mark")
 _CONSTANTS = struct.Struct("<II")
 _DISK = struct.Struct("<IIQQQ")

@@ -207,7 +207,7 @@ class CaptureSession:
 
     def _note_missed_runs(self) -> None:
         """The kernel does not run a program on top of itself. What such a bio wrote, and where, nobody knows."""
-        missed = sum(libbpf.recursion_misses(self._fds[name]) for name in pins.HOOKS)
+        missed = libbpf.recursion_misses(self._fds["bio_queue"])
         if missed == self._control.missed_handled:
             return
         for disk in range(len(self._devices)):

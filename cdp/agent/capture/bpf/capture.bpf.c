@@ -4,8 +4,8 @@
  * is stamped.
  *
  *   bio_queue     raw_tp/block_bio_queue     once per bio, after the partition remap, before issue: capture
- *   rq_complete   raw_tp/block_rq_complete   failed writes and flushes, passthrough writes of request-based devices
- *   bio_complete  raw_tp/block_bio_complete  failed writes of bio-based devices
+ *   rq_complete*  raw_tp/block_rq_complete   failed writes and flushes, passthrough writes of request-based devices
+ *   bio_complete* raw_tp/block_bio_complete  failed writes of bio-based devices
  *   mark          run by the session         stamps a range, or spreads a wide loss
  *   calibrate     raw_tp/block_bio_queue     attached at start only: where are page structures and memory?
  *
@@ -14,6 +14,9 @@
  *   - A record carries the generation at its reservation, so that `drop_generation >= stamp` proves that its bio was
  *     submitted after the loss.
  *   - All records of a bio are emitted by one run. Only the run that emits its last piece sets LAST.
+ *   - The kernel skips a program that is already running on the CPU. Completions interrupt each other: a task's, a soft
+ *     interrupt's and a hard interrupt's, so each completion program is attached three times and one always runs. A
+ *     skipped bio_queue is found by the kernel's own count of skipped runs (older kernels do not skip: see `busy`).
  * The layouts below are mirrored in layout.py and control.py.
  */
 #include <linux/bpf.h>
@@ -91,6 +94,8 @@ enum {
 	FAILED_WRITE = 4,
 	FAILED_FLUSH = 5,
 	PASSTHROUGH = 6,
+	MISSED_RUN = 7,
+	QUIET = 1 << 31, /* a copy of a program: stamp again, do not count again */
 };
 
 /* Decided before loading; constant for the verifier, so that the other tracepoint form is dead code. */
@@ -159,7 +164,7 @@ struct work { /* per CPU: of the one bio whose run this is */
 	__u32 bvec_skip;
 	__u32 slot;
 	__u32 failed; /* 1 + cause */
-	__u32 unused;
+	__u32 busy;
 };
 
 struct calibration {
@@ -275,8 +280,10 @@ static __noinline void lose(struct disk *disk, __u64 offset, __u64 length, __u32
 	if (!c)
 		return;
 	generation = __sync_fetch_and_add(&c->generation, 1) + 1;
-	__sync_fetch_and_add(&c->lost_events[cause & (CAUSES - 1)], 1);
-	__sync_fetch_and_add(&c->lost_bytes[cause & (CAUSES - 1)], length);
+	if (!(cause & QUIET)) {
+		__sync_fetch_and_add(&c->lost_events[cause & (CAUSES - 1)], 1);
+		__sync_fetch_and_add(&c->lost_bytes[cause & (CAUSES - 1)], length);
+	}
 	last = length ? (offset + length - 1) >> disk->granule_shift : first;
 	if (!length || last - first >= GRANULES_NARROW_MAX) {
 		raise_to(&c->whole[disk->slot & (DISKS - 1)], generation);
@@ -427,6 +434,49 @@ static __always_inline struct bio *bio_argument(struct bpf_raw_tracepoint_args *
 	return bio;
 }
 
+static __always_inline void capture(struct control *c, struct work *w, struct disk *disk, struct bio *bio, __u32 op,
+				    __u32 size)
+{
+	__u64 offset = BPF_CORE_READ(bio, bi_iter.bi_sector) << 9;
+
+	w->bio = ++w->serial << 16 | (bpf_get_smp_processor_id() & 0xffff);
+	w->submitted_ns = bpf_ktime_get_ns();
+	w->slot = disk->slot;
+	w->offset = offset;
+	if (op == OP_DISCARD || op == OP_WRITE_ZEROES) {
+		struct record *r = reserve(c, w, op == OP_DISCARD ? KIND_DISCARD : KIND_ZERO);
+
+		if (!r) {
+			lose(disk, offset, size, RING_FULL);
+			return;
+		}
+		r->length = size;
+		r->flags = LAST;
+		bpf_ringbuf_submit(r, wake_flags(c));
+		return;
+	}
+	if (op != OP_WRITE) {
+		lose(disk, offset, size, UNKNOWN_OP);
+		return;
+	}
+	if (bpf_core_field_exists(struct bio, bi_crypt_context) && BPF_CORE_READ(bio, bi_crypt_context)) {
+		lose(disk, offset, size, INLINE_ENCRYPTION);
+		return;
+	}
+	w->vecs = (__u64)BPF_CORE_READ(bio, bi_io_vec) +
+		  (__u64)BPF_CORE_READ(bio, bi_iter.bi_idx) * bpf_core_type_size(struct bio_vec);
+	w->bvec_skip = BPF_CORE_READ(bio, bi_iter.bi_bvec_done);
+	w->bvec_left = 0;
+	w->bytes_left = size;
+	w->failed = 0;
+	bpf_loop(PIECES_MAX, next_piece, 0, 0);
+	if (!w->bytes_left)
+		return;
+	lose(disk, offset, size, w->failed ? w->failed - 1 : UNREADABLE_PAGE);
+	if (w->failed != 1 + UNREADABLE_PAGE)
+		abandon(c, w);
+}
+
 SEC("raw_tp/block_bio_queue")
 int bio_queue(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -435,7 +485,6 @@ int bio_queue(struct bpf_raw_tracepoint_args *ctx)
 	struct control *c;
 	struct disk *disk;
 	struct work *w;
-	__u64 offset;
 
 	/* Reads, flushes and every other operation that carries nothing to the disk are even. */
 	if (!(op & 1))
@@ -450,43 +499,15 @@ int bio_queue(struct bpf_raw_tracepoint_args *ctx)
 	c = control_page();
 	if (!w || !c)
 		return 0;
-	offset = BPF_CORE_READ(bio, bi_iter.bi_sector) << 9;
-	w->bio = ++w->serial << 16 | (bpf_get_smp_processor_id() & 0xffff);
-	w->submitted_ns = bpf_ktime_get_ns();
-	w->slot = disk->slot;
-	w->offset = offset;
-	if (op == OP_DISCARD || op == OP_WRITE_ZEROES) {
-		struct record *r = reserve(c, w, op == OP_DISCARD ? KIND_DISCARD : KIND_ZERO);
-
-		if (!r) {
-			lose(disk, offset, size, RING_FULL);
-			return 0;
-		}
-		r->length = size;
-		r->flags = LAST;
-		bpf_ringbuf_submit(r, wake_flags(c));
+	if (w->busy) { /* an interrupt submits while this CPU is capturing, and this kernel does not skip it */
+		lose(disk, BPF_CORE_READ(bio, bi_iter.bi_sector) << 9, size, MISSED_RUN);
 		return 0;
 	}
-	if (op != OP_WRITE) {
-		lose(disk, offset, size, UNKNOWN_OP);
-		return 0;
-	}
-	if (bpf_core_field_exists(struct bio, bi_crypt_context) && BPF_CORE_READ(bio, bi_crypt_context)) {
-		lose(disk, offset, size, INLINE_ENCRYPTION);
-		return 0;
-	}
-	w->vecs = (__u64)BPF_CORE_READ(bio, bi_io_vec) +
-		  (__u64)BPF_CORE_READ(bio, bi_iter.bi_idx) * bpf_core_type_size(struct bio_vec);
-	w->bvec_skip = BPF_CORE_READ(bio, bi_iter.bi_bvec_done);
-	w->bvec_left = 0;
-	w->bytes_left = size;
-	w->failed = 0;
-	bpf_loop(PIECES_MAX, next_piece, 0, 0);
-	if (!w->bytes_left)
-		return 0;
-	lose(disk, offset, size, w->failed ? w->failed - 1 : UNREADABLE_PAGE);
-	if (w->failed != 1 + UNREADABLE_PAGE)
-		abandon(c, w);
+	w->busy = 1;
+	barrier();
+	capture(c, w, disk, bio, op, size);
+	barrier();
+	w->busy = 0;
 	return 0;
 }
 
@@ -499,8 +520,7 @@ static __always_inline struct gendisk *gendisk_of_request(struct request *rq)
 	return BPF_CORE_READ((struct request___disk *)rq, rq_disk);
 }
 
-SEC("raw_tp/block_rq_complete")
-int rq_complete(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline int request_completed(struct bpf_raw_tracepoint_args *ctx, __u32 quiet)
 {
 	struct request *rq = (struct request *)ctx->args[0];
 	int error = (int)ctx->args[1];
@@ -513,20 +533,19 @@ int rq_complete(struct bpf_raw_tracepoint_args *ctx)
 	if (!disk)
 		return 0;
 	if (op == OP_DRV_OUT) { /* SG_IO and the like: what it did, where, and whether an error undid it is unknown */
-		lose(disk, 0, 0, PASSTHROUGH);
+		lose(disk, 0, 0, PASSTHROUGH | quiet);
 	} else if (op == OP_FLUSH) { /* anything that completed since the last flush may be gone */
-		lose(disk, 0, 0, FAILED_FLUSH);
+		lose(disk, 0, 0, FAILED_FLUSH | quiet);
 	} else {
 		left = BPF_CORE_READ(rq, __data_len);
 		if (bytes < left)
 			bytes = left;
-		lose(disk, BPF_CORE_READ(rq, __sector) << 9, bytes, FAILED_WRITE);
+		lose(disk, BPF_CORE_READ(rq, __sector) << 9, bytes, FAILED_WRITE | quiet);
 	}
 	return 0;
 }
 
-SEC("raw_tp/block_bio_complete")
-int bio_complete(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline int bio_completed(struct bpf_raw_tracepoint_args *ctx, __u32 quiet)
 {
 	/* (queue, bio) since 5.10 in every kernel that has bpf_loop */
 	struct bio *bio = (struct bio *)ctx->args[1];
@@ -542,9 +561,23 @@ int bio_complete(struct bpf_raw_tracepoint_args *ctx)
 	if (!disk)
 		return 0;
 	/* How far the driver has advanced the iterator is its own affair, so the range is not known any more. */
-	lose(disk, 0, 0, op == OP_FLUSH ? FAILED_FLUSH : FAILED_WRITE);
+	lose(disk, 0, 0, (op == OP_FLUSH ? FAILED_FLUSH : FAILED_WRITE) | quiet);
 	return 0;
 }
+
+#define COPY(name, tracepoint, body, quiet)                                                                            \
+	SEC("raw_tp/" #tracepoint)                                                                                     \
+	int name(struct bpf_raw_tracepoint_args *ctx)                                                                  \
+	{                                                                                                              \
+		return body(ctx, quiet);                                                                               \
+	}
+
+COPY(rq_complete, block_rq_complete, request_completed, 0)
+COPY(rq_complete_1, block_rq_complete, request_completed, QUIET)
+COPY(rq_complete_2, block_rq_complete, request_completed, QUIET)
+COPY(bio_complete, block_bio_complete, bio_completed, 0)
+COPY(bio_complete_1, block_bio_complete, bio_completed, QUIET)
+COPY(bio_complete_2, block_bio_complete, bio_completed, QUIET)
 
 /* --- run by the session ---------------------------------------------------------------------------------------------- */
 
