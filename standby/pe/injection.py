@@ -170,9 +170,13 @@ def _index(disk: DiskInfo) -> int:
 
 def _mask_foreign_tools(system: MountedSystem) -> list[str]:
     done = []
+    there: set[str] = set()
+    for where in _UNIT_DIRECTORIES:
+        directory = system.path(where)
+        if directory.is_dir():
+            there.update(entry.name for entry in directory.iterdir())
     for tool in _FOREIGN_TOOLS:
-        names = (f"{tool}.service", tool)
-        if not any(os.path.lexists(system.path(where) / name) for where in _UNIT_DIRECTORIES for name in names):
+        if there.isdisjoint((f"{tool}.service", tool)):
             continue
         mask = system.path("etc/systemd/system") / f"{tool}.service"
         if mask.is_symlink():

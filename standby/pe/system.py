@@ -81,8 +81,12 @@ def resolve(root: Path, inside: str) -> Path:
 
 
 @contextlib.contextmanager
-def mounted(disks: list[Path], *, writable: bool, at: Path = MOUNT_POINT) -> Iterator[MountedSystem]:
+def mounted(
+    disks: list[Path], *, writable: bool, at: Path = MOUNT_POINT, root_uuid: str | None = None
+) -> Iterator[MountedSystem]:
     """The system of ``disks``, mounted ``at``. Read-only mounts write nothing, not even a journal replay.
+
+    ``root_uuid``: of the file system that was its root the last time, to save looking for it.
 
     Raises ``SystemNotFound`` and ``SystemUnreadable``.
     """
@@ -92,7 +96,7 @@ def mounted(disks: list[Path], *, writable: bool, at: Path = MOUNT_POINT) -> Ite
             volumes = _volumes(disks, stack)
             stack.callback(_unmount_all, at)  # before the volumes are deactivated
             filesystems = {at.device: found for at in volumes if (found := probe(at.device)) is not None}
-            system = _mount_root(volumes, filesystems, at, writable=writable)
+            system = _mount_root(volumes, filesystems, at, root_uuid, writable=writable)
             _mount_boot(system, writable=writable)
         except OSError as error:
             raise SystemUnreadable(
@@ -158,7 +162,7 @@ def _lvm(*command: str) -> str:
 
 
 def _mount_root(
-    volumes: list[Placed], filesystems: dict[Path, Filesystem], at: Path, *, writable: bool
+    volumes: list[Placed], filesystems: dict[Path, Filesystem], at: Path, root_uuid: str | None, *, writable: bool
 ) -> MountedSystem:
     failures: list[str] = []
     for place in volumes:
@@ -166,13 +170,14 @@ def _mount_root(
         if filesystem is None:
             continue
         # Looked at read-only first: only the root itself may be written to.
+        known = filesystem.uuid == root_uuid
         try:
-            _mount(filesystem, at, writable=False)
+            _mount(filesystem, at, writable=writable and known)
         except OSError as error:
             failures.append(str(error))
             continue
         is_root = (at / "etc/fstab").exists() and any(os.path.lexists(at / init) for init in _INITS)
-        if is_root and not writable:
+        if is_root and (known or not writable):
             return MountedSystem(at, filesystem, place, None, None, volumes, filesystems)
         mounts.unmount(at)
         if is_root:
