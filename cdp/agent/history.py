@@ -21,7 +21,6 @@ from cdp.agent.state import Cursor
 from journal.position import Position
 from journal.wire import DiskInfo
 
-
 Key = tuple[str, str, str]
 """Machine, boot, capture: a cursor means something only under the same three."""
 

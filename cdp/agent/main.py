@@ -85,6 +85,13 @@ def check_devices(config: AgentConfig) -> list[Device]:
     return found
 
 
+def detach(config: AgentConfig) -> None:
+    """End the capture of a machine whose agent is stopped, and give its memory back. The next start compares
+    everything with the server."""
+    pins.remove(config.capture.pin_dir)
+    runtime.unmount(config.runtime_dir)
+
+
 def attach(config: AgentConfig, found: list[Device]) -> CaptureSession:
     """Re-open the pinned capture or make one. One that does not fit (another version, a resized disk) is replaced:
     the comparison that follows costs time, a refusal would cost protection."""

@@ -56,6 +56,17 @@ def guard(outer: Path | None, config: Path | None) -> None:
         click.echo(f"This machine is fenced; taken off: {', '.join(evidence.removed) or 'nothing, none was there'}.")
 
 
+@agent.command()
+@_CONFIG
+@click.pass_obj
+def detach(outer: Path | None, config: Path | None) -> None:
+    """End the capture of a machine whose agent is stopped. The next start compares everything with the server."""
+    from cdp.agent import main  # noqa: PLC0415
+    from cdp.agent.config import load  # noqa: PLC0415
+
+    main.detach(load(config or outer or DEFAULT_PATH))
+
+
 @click.command()
 @click.argument("url")
 @click.argument("token")
