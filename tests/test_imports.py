@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cdp.cli": ("journal", "cdp", "standby"),
     "standby.replay": ("journal", "standby.replay"),
     "standby.pe": ("journal", "standby.replay", "standby.pe", "standby.takeover.address"),
-    "standby.target": ("journal", "standby.spec", "standby.target"),
+    "standby.target": ("journal", "standby.spec", "standby.target", "standby.pe.config", "standby.pe.image"),
     "standby.takeover": ("journal", "standby.spec", "standby.takeover"),
     "standby": ("journal", "standby.spec"),
 }
