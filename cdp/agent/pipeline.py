@@ -135,7 +135,7 @@ class Pipeline:
             self._spool.acknowledged(ours.position)
             self._cursor = msgspec.structs.replace(ours, tip=str(tip))
             self._spool.commit(self._cursor)
-            self._status.sealed = tip
+            self._status.sealed = self._status.stored = tip
             self._dropping = None
             self._wake.set()
 
@@ -154,7 +154,7 @@ class Pipeline:
         rounds.begin(current)
         self._dropping = None
         self._status.starting = False
-        self._status.sealed = tip
+        self._status.sealed = self._status.stored = tip
         self._show(fuzzy=True)
         self._status.resyncs[current.reason] += 1
         self._wake.set()

@@ -13,7 +13,7 @@ from cdp.agent.errors import ConfigInvalid
 
 SPOOL_BYTES: Final = 256 << 20
 RAW_SPOOL_BYTES: Final = 128 << 20
-SLACK_BYTES: Final = 24 << 20
+SLACK_BYTES: Final = 32 << 20
 """Beside the two spools: a chunk file kept for reuse, the cursor, directories."""
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
