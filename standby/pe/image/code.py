@@ -41,7 +41,7 @@ def check_interpreter() -> None:
 
 def distributions_key() -> str:
     """16 hexadecimal digits over the names and versions of the distributions that the PE carries."""
-    versions = [f"{name}={_distribution(name).version}" for name in DISTRIBUTIONS]
+    versions = [f"{name}={distribution(name).version}" for name in DISTRIBUTIONS]
     text = f"{RECIPE_VERSION} {versions} {DISTRIBUTION_PARTS_LEFT_OUT} {DISTRIBUTION_SUFFIXES_LEFT_OUT}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -49,11 +49,11 @@ def distributions_key() -> str:
 def write_distributions(cpio: CpioWriter) -> None:
     """Add the files of all DISTRIBUTIONS, without what only development needs."""
     for name in DISTRIBUTIONS:
-        distribution = _distribution(name)
-        for file in sorted(distribution.files or (), key=str):
+        held = distribution(name)
+        for file in sorted(held.files or (), key=str):
             path = str(file)
             if not _is_left_out(path):
-                _add(cpio, f"{_PACKAGES_ROOT}/{path}", Path(str(distribution.locate_file(file))).read_bytes())
+                _add(cpio, f"{_PACKAGES_ROOT}/{path}", Path(str(held.locate_file(file))).read_bytes())
 
 
 def code_key() -> str:
@@ -91,7 +91,8 @@ def _code() -> Iterator[tuple[str, bytes]]:
                 yield name, path.read_bytes()
 
 
-def _distribution(name: str) -> importlib.metadata.Distribution:
+def distribution(name: str) -> importlib.metadata.Distribution:
+    """The installed distribution; raises ``ImageToolMissing``."""
     try:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError as error:

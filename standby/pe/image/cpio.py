@@ -53,13 +53,13 @@ class CpioWriter:
         self._add(path, stat.S_IFCHR | mode, b"", device=(major, minor))
 
     def _parents(self, path: str) -> None:
+        if path.startswith("/") or ".." in path.split("/"):
+            raise ValueError(f"not a path inside an archive: {path!r}")
         parent = str(Path(path).parent)
         if parent != ".":
             self.directory(parent)
 
     def _add(self, path: str, mode: int, data: bytes, device: tuple[int, int] = (0, 0)) -> None:
-        if path.startswith("/") or ".." in path.split("/"):
-            raise ValueError(f"not a path inside an archive: {path!r}")
         if path in self._paths:
             raise ValueError(f"twice in one archive: {path!r}")
         self._paths.add(path)
