@@ -115,8 +115,10 @@ class Reading(Ingest):
         with closing(self._instants(state, spans, start_ns if before is None else before + 1)) as instants:
             found, fuzzy = _told_apart(instants, before, start_ns, end_ns)
         for instant in found:
-            position = self._position(state, instant)
-            points.append(RecoveryPoint(position=str(position), sealed_at_ns=instant.sealed_at_ns))
+            entry = self.entry(state, instant.generation, instant.seq)
+            # None: retention has folded it since it was listed.
+            if entry is not None:
+                points.append(RecoveryPoint(position=str(entry.header.position), sealed_at_ns=instant.sealed_at_ns))
         return History(points=points, fuzzy=fuzzy)
 
     def position_at(self, machine: uuid.UUID, time_ns: int) -> Position:
@@ -135,7 +137,9 @@ class Reading(Ingest):
                     break
                 fuzzy = fuzzy or Flags.FUZZY in instant.flags
         if not fuzzy and before is not None:
-            return self._position(state, before)
+            entry = self.entry(state, before.generation, before.seq)
+            # If retention has folded it since it was found, the base image has taken its place.
+            return entry.header.position if entry is not None else self.position_at(machine, time_ns)
         if not fuzzy and base is not None and base[1] <= time_ns:
             return base[0]
         before_ns = None if before is None else before.sealed_at_ns
@@ -255,12 +259,6 @@ class Reading(Ingest):
     def _pending_times(self, state: MachineState) -> dict[bytes, bytes]:
         machine = state.machine.uuid
         return {time_key(machine, entry.header): bytes([entry.header.flags]) for entry in self._pending(state)}
-
-    def _position(self, state: MachineState, instant: Instant) -> Position:
-        entry = self.entry(state, instant.generation, instant.seq)
-        if entry is None:
-            raise NoRecoveryPoint("The recovery point has just been folded away.", remedy="Choose a later one.")
-        return entry.header.position
 
 
 def _told_apart(
