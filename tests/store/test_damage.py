@@ -78,7 +78,7 @@ def test_a_flipped_byte_in_the_base_image_is_found_and_never_served(tmp_path: Pa
 def test_a_damaged_index_file_of_the_runs_is_built_again(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store", file_bytes=1 << 20) as store:
         source = make(store, SIZE, seed=3)
-        stored = [source.put(store, [(0, 512 * (n % 900), 512, 1)]) for n in range(1500)]
+        stored = [source.put(store, [(0, 512 * (n % 900), 512, 1)]) for n in range(1100)]
         source.check(store, stored[-1])
         runs = list((tmp_path / "store" / "runs").rglob("*.run"))
         assert runs

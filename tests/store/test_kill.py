@@ -54,7 +54,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
         with Store.open(directory) as store:
             machine = store.create_machine("db1", disk_infos(64 << 10)).uuid
         acknowledged: Position | None = None
-        for _ in range(12):
+        for _ in range(8):
             command = [sys.executable, "-c", WRITER, str(directory)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
