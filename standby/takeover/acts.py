@@ -150,7 +150,8 @@ class Acts:
 
     async def _fence_source(self) -> Evidence:
         addresses = self._spec.service_addresses
-        evidence = await self._ports.agent.fence(self._machine, self._record.generation, addresses)
+        ending = self._record.generation - 1
+        evidence = await self._ports.agent.fence(self._machine, ending, addresses)
         fence.check_source_fenced(evidence, addresses)
         return evidence
 

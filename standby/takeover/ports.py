@@ -48,8 +48,9 @@ class AgentPort(Protocol):
         ...
 
     async def fence(self, machine: str, generation: int, addresses: Sequence[str]) -> dict[str, Any]:
-        """Give the addresses up, stop sealing, keep both across a reboot. Evidence: ``removed`` and ``remaining``
-        (must be empty). What the agent seals and stores after it gave the addresses up is taken over too."""
+        """Give the addresses up, stop sealing, keep both across a reboot. ``generation`` is the one that ends; it, or a
+        later one, lifts the fence again. Evidence: ``removed`` and ``remaining`` (must be empty). What the agent seals
+        and stores before it answers is taken over too."""
         ...
 
     async def unfence(self, machine: str, generation: int, tip: Position, addresses: Sequence[str]) -> None:

@@ -251,6 +251,7 @@ class Agent:
     async def fence(self, machine: str, generation: int, addresses: Sequence[str]) -> dict[str, Any]:
         def effect() -> dict[str, Any]:
             source = self._world.source
+            assert generation == max(self._world.generations), "fenced for a generation that does not end"
             source.address = False
             self._world.push()
             source.fenced = True
