@@ -40,7 +40,8 @@ STEP_BYTES = layout.RECORD_BYTES * 252
 """About 1 MiB: after so much, space in the ring is given back."""
 MARK_NS_MIN = 10_000_000
 IDLE_S_MAX = 0.1
-BUSY_S = 0.02
+BUSY_S = 0.04
+"""Passes cost more than bytes: with an eighth of the ring filled the kernel wakes the drainer before this is over."""
 FULL_S = 0.005
 SPARE_CHUNKS = 1
 """Released files kept for reuse: a recycled file costs no page clearing, a kept one costs memory."""

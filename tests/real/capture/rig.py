@@ -52,7 +52,7 @@ class Rig:
         self.session = CaptureSession.attach(only or self.devices, self.pin_dir, ring_bytes)
         return self.session
 
-    def start_drainer(self, spool_bytes: int = 512 * MIB) -> None:
+    def start_drainer(self, spool_bytes: int = 1024 * MIB) -> None:
         where = ["--pin-dir", str(self.pin_dir), "--spool-dir", str(self.spool_dir)]
         module = [sys.executable, "-m", "cdp.agent.capture.drain"]
         self.drainer = subprocess.Popen([*module, *where, "--spool-bytes", str(spool_bytes)])
