@@ -17,6 +17,7 @@ from tests.harness.process import Program, run
 PGBENCH_SCALE = 3
 PGBENCH_CLIENTS = 2
 PGBENCH_TPS = 250
+FSYNC_PAIRS_PER_S = 200
 """Leaves the other core to the agent, the server and the standby: the proof is about order, not speed."""
 
 
@@ -35,7 +36,9 @@ class DatabaseLoad:
         logs = [str(mount / fsynclog.LOG_NAME) for mount in self._mounts]
         # As a script: inside the namespace nothing but the standard library is needed, and it starts at once.
         self._writer = Program(
-            "fsynclog", [*namespace.prefix, sys.executable, fsynclog.__file__, *logs, str(self.notes)], log_dir
+            "fsynclog",
+            [*namespace.prefix, sys.executable, fsynclog.__file__, *logs, str(self.notes), str(FSYNC_PAIRS_PER_S)],
+            log_dir,
         )
         self._pgbench = Program(
             "pgbench",

@@ -31,7 +31,7 @@ def record(number: int, now_ns: int) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def write(paths: list[Path], notes: Path) -> None:
+def write(paths: list[Path], notes: Path, pairs_per_s: float) -> None:
     """Append until the process is ended. One file a side, opened for append; the notes need no fsync: the machine
     itself does not die here."""
     files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for path in paths]
@@ -40,7 +40,7 @@ def write(paths: list[Path], notes: Path) -> None:
         os.fsync(directory)
         os.close(directory)
     with notes.open("ab", buffering=0) as out:
-        number = 0
+        number, started = 0, time.monotonic()
         while True:
             for side, fd in enumerate(files):
                 began = time.monotonic_ns()
@@ -48,6 +48,8 @@ def write(paths: list[Path], notes: Path) -> None:
                 os.fsync(fd)
                 out.write(NOTE.pack(side, number, began, time.monotonic_ns()))
             number += 1
+            # The pace is what this program is for.
+            time.sleep(max(0.0, started + number / pairs_per_s - time.monotonic()))
 
 
 def held(raw: bytes) -> int:
@@ -109,4 +111,4 @@ class Notes:
 
 
 if __name__ == "__main__":
-    write([Path(sys.argv[1]), Path(sys.argv[2])], Path(sys.argv[3]))
+    write([Path(sys.argv[1]), Path(sys.argv[2])], Path(sys.argv[3]), float(sys.argv[4]))

@@ -94,13 +94,7 @@ class Plant(Observed):
             ready=self._answers,
         )
         self.agent = Program(
-            "agent",
-            [
-                sys.executable,
-                "-c",
-                f"import logging; logging.basicConfig(level='INFO'); from cdp.agent.main import run; from cdp.agent.config import load; from pathlib import Path; run(load(Path('{self._agent_toml}')))",
-            ],
-            self.log_dir,
+            "agent", [*python, "cdp.cli.main", "agent", "run", "--config", str(self._agent_toml)], self.log_dir
         )
         self.replay = Program("replay", [*python, "tests.harness.standby", str(self._standby_json)], self.log_dir)
 
