@@ -32,8 +32,9 @@ TAIL_ENTRIES_MAX: Final = 1 << 16
 TAIL_SEGMENTS_MAX: Final = 1 << 10
 FAN: Final = 8
 _ENTRIES_READ: Final = 1024
-RUN_ENTRIES_MAX: Final = 1 << 22
-"""64 MiB: larger runs are not merged any further, which bounds the memory of a merge."""
+RUN_ENTRIES_MAX: Final = 5 << 20
+"""80 MiB, a little more than two merges of full tails make: larger runs are not merged any further, which bounds the
+memory of a merge."""
 _FAILURES_MAX: Final = 8
 """Runs that vanish or turn out damaged while one question is answered; more means that the disk is broken."""
 _WINDOW_ENTRIES_MAX: Final = 1 << 18
