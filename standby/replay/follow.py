@@ -216,6 +216,8 @@ class Follower:
                 self._settle(cursor, max(cursor, newest), "recovery-point")
                 return
         self._turn_to("seeding")
+        # First of all: a seed that breaks off leaves disks that no cursor may vouch for.
+        await self._transport.forget()
         self._seeder = Seeder(self._machine, self._transport, self._applier, self._clock, self._offload)
         try:
             seeded = await self._seeder.run()

@@ -67,7 +67,7 @@ class Disk(Protocol):
     def size_bytes(self) -> int: ...
 
     def write(self, writes: Sequence[tuple[int, memoryview]]) -> None:
-        """``(offset, bytes)`` pairs, sorted and disjoint."""
+        """``(offset, bytes)`` pairs, sorted and disjoint; the bytes lie at multiples of 512 in memory."""
         ...
 
     def zero(self, offset: int, length: int) -> None:

@@ -13,8 +13,9 @@ needs no progress record. The same procedure is the standby's resync after its d
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -31,6 +32,8 @@ from standby.replay.verify import verify_image
 
 _STRETCH_BYTES: Final = 16 << 20
 """Compared in one request, and the most that one IMAGE answer holds: bounds memory and what a lost answer costs."""
+_WORKERS: Final = 2
+"""Stretches at once: one is fetched while the other is written. Each holds one answer in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +54,22 @@ class Seeder:
         self._applier = applier
         self._clock = clock
         self._offload = offload
+        self._applying = asyncio.Lock()
         self.progress: Progress | None = None
 
     async def run(self) -> Seeded:
         """Raises ``HistoryChanged`` if another generation went live meanwhile, and whatever the ports raise."""
         state = await self._transport.state()
         self._applier.check_disks(state.disks)
-        start = Position.parse(state.tip)
-        began_s = self._clock.monotonic()
-        done_bytes = fetched_bytes = 0
-        total_bytes = sum(source.size_bytes for source in state.disks)
-        async for disk, offset, length in _stretches(state):
-            fetched_bytes += await self._copy(disk, offset, length)
-            done_bytes += length
-            took_s = max(self._clock.monotonic() - began_s, 1e-3)
-            rate = done_bytes / took_s
-            self.progress = Progress(
-                what="seed",
-                done_bytes=done_bytes,
-                total_bytes=total_bytes,
-                bytes_per_s=rate,
-                eta_s=(total_bytes - done_bytes) / rate,
-            )
+        stretches = _stretches(state)
+        meter = _Meter(self._clock, sum(source.size_bytes for source in state.disks))
+        workers = [asyncio.create_task(self._work(stretches, meter)) for _ in range(_WORKERS)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
         await self._offload(self._applier.flush)
         end = await self._transport.state()
         if end.generation != state.generation:
@@ -81,20 +78,22 @@ class Seeder:
                 remedy="The standby seeds again by itself, fetching only what differs.",
             )
         self.progress = None
-        return Seeded(start, Position.parse(end.tip), end)
+        return Seeded(Position.parse(state.tip), Position.parse(end.tip), end)
 
-    async def _copy(self, disk: int, offset: int, length: int) -> int:
-        """Make one stretch equal; the number of bytes that had to be written."""
+    async def _work(self, stretches: Iterator[tuple[int, int, int]], meter: _Meter) -> None:
+        for disk, offset, length in stretches:
+            await self._copy(disk, offset, length)
+            self.progress = meter.progress(length)
+
+    async def _copy(self, disk: int, offset: int, length: int) -> None:
+        """Make one stretch equal."""
         digests = await self._transport.hashes(disk, offset, length, CHUNK_BYTES)
         differing = await self._offload(partial(_compare, self._applier.disks[disk], offset, length, digests))
-        written = 0
         for start, size, zero in differing:
             if zero:
                 await self._offload(partial(_discard, self._applier.disks[disk], start, size))
             else:
                 await undamaged(partial(self._fetch, disk, start, size), self._clock)
-            written += size
-        return written
 
     async def _fetch(self, disk: int, offset: int, length: int) -> None:
         at = Position.parse((await self._transport.state()).tip)
@@ -104,10 +103,30 @@ class Seeder:
             segment = verify_image(raw, self._machine, at, disk)
             self._applier.apply_image(segment, disk, offset, length)
 
-        await self._offload(write)
+        async with self._applying:  # the applier has one window
+            await self._offload(write)
 
 
-async def _stretches(state: MachineState) -> AsyncIterator[tuple[int, int, int]]:
+class _Meter:
+    def __init__(self, clock: Clock, total_bytes: int) -> None:
+        self._clock = clock
+        self._began_s = clock.monotonic()
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
+
+    def progress(self, more_bytes: int) -> Progress:
+        self._done_bytes += more_bytes
+        rate = self._done_bytes / max(self._clock.monotonic() - self._began_s, 1e-3)
+        return Progress(
+            what="seed",
+            done_bytes=self._done_bytes,
+            total_bytes=self._total_bytes,
+            bytes_per_s=rate,
+            eta_s=(self._total_bytes - self._done_bytes) / rate,
+        )
+
+
+def _stretches(state: MachineState) -> Iterator[tuple[int, int, int]]:
     for source in state.disks:
         for offset in range(0, source.size_bytes, _STRETCH_BYTES):
             yield source.index, offset, min(_STRETCH_BYTES, source.size_bytes - offset)

@@ -124,7 +124,10 @@ class History:
                 rest = [at for at in rest if point is not None and at <= point]
             if rest:
                 return FeedAnswer(entries=[self._entry(at) for at in rest[:7]], tip=str(self.tip))
-            await asyncio.wait_for(self.changed.wait(), wait_s)
+            try:
+                await asyncio.wait_for(self.changed.wait(), min(wait_s, 0.5))
+            except TimeoutError:
+                return FeedAnswer(entries=[], tip=str(self.tip))
 
     async def segment(self, position: Position) -> bytearray:
         await self._serve("segment")

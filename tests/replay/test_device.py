@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_random_segments_end_equal(disk: BlockDisk) -> None:
     """Every kind of extent at every 512-byte alignment, written over old content."""
     rng = random.Random(disk.sector_bytes)
     model = bytearray(rng.randbytes(SIZE))
-    disk.write([(at, memoryview(model)[at : at + (1 << 20)]) for at in range(0, SIZE, 1 << 20)])
+    aligned = memoryview(mmap.mmap(-1, SIZE))
+    aligned[:] = model
+    disk.write([(at, aligned[at : at + (1 << 20)]) for at in range(0, SIZE, 1 << 20)])
     applier = Applier({0: disk})
     tip = Position.genesis(MACHINE, 1, None)
     for _ in range(12):

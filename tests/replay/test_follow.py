@@ -132,6 +132,23 @@ async def test_killed_and_disconnected_anywhere_it_ends_equal(seed: int) -> None
         assert standby.equals(history.tip), f"seed {seed}"
 
 
+async def test_a_seed_of_a_replaced_disk_that_breaks_off_is_not_taken_for_the_old_one() -> None:
+    rng = random.Random(14)
+    history = History()
+    for _ in range(3):
+        history.write_random(rng)
+    standby = Standby(history)
+    async with standby.following():
+        await wait_until_async(lambda: history.stored_cursor == history.tip, 10, "following")
+    standby.disks[0] = MemoryDisk()
+    async with standby.following():
+        await wait_until_async(lambda: any(standby.disks[0].data[: 1 << 20]), 10, "the seed's first writes")
+    assert history.stored_cursor is None or standby.equals(history.stored_cursor)
+    async with standby.following():
+        await wait_until_async(lambda: history.stored_cursor == history.tip, 10, "the seed")
+        assert standby.equals(history.tip)
+
+
 async def test_a_dirty_disk_is_seeded_by_fetching_what_differs() -> None:
     rng = random.Random(5)
     history = History()
