@@ -161,8 +161,15 @@ class Reading(Ingest):
         )
 
     def usage(self, machine: uuid.UUID) -> Usage:
+        """Reads a row a stored second (a quarter of a second for a day of them): not for every request."""
         state, spans, base = self._timeline(machine)
-        segment_bytes = sum(entry.record_bytes for entry in self._entries(state, spans, self._pending(state)))
+        pending = self._pending(state)
+        with self.index.read() as txn:
+            rows = txn.scan("segments", machine.bytes, machine.bytes)
+            segment_bytes = sum(Entry.record_bytes_of(value) for _, value in rows)
+            for entry in pending:
+                if txn.segment(machine, entry.header.generation, entry.header.seq) is None:
+                    segment_bytes += entry.record_bytes
         oldest = base[1] if base is not None else None
         if oldest is None:
             with closing(self._instants(state, spans, 0)) as instants:

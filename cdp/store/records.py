@@ -164,6 +164,11 @@ class Entry:
     def pack(self) -> bytes:
         return self.header.pack() + _WHERE.pack(self.file, self.offset, self.record_bytes)
 
+    @staticmethod
+    def record_bytes_of(value: bytes) -> int:
+        """That field alone of a packed entry."""
+        return int(_WHERE.unpack_from(value, HEADER_BYTES)[2])
+
     @classmethod
     def unpack(cls, value: bytes) -> Entry:
         return cls(Header.unpack(value[:HEADER_BYTES]), *_WHERE.unpack(value[HEADER_BYTES:]))
