@@ -382,12 +382,10 @@ class Follower:
             self._state = state
 
     def _check(self) -> None:
-        if self._unacked is not None:
-            assert self._consistent
-        if self._state == "drained":
-            assert self._consistent and self._at_point and self._applied is not None
-        if self._lent:
-            assert self._state == "drained"
+        assert self._consistent or self._unacked is None
+        drained = self._state == "drained"
+        assert not drained or (self._consistent and self._at_point and self._applied is not None)
+        assert drained or not self._lent
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:
