@@ -7,7 +7,7 @@ asked for. While the history is fuzzy, that feed is silent and a consistent stan
 
 from __future__ import annotations
 
-import time
+import asyncio
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -102,13 +102,19 @@ class Feed:
         until = query_text(request, "until", "recovery-point")
         if until not in {"recovery-point", "tip"}:
             raise BadRequest("'until' is 'recovery-point' or 'tip'.", remedy="Correct the request.")
-        end = time.monotonic() + query_seconds(request, "wait_s", self._wait_s_max, 0.0)
+        wait_s = query_seconds(request, "wait_s", self._wait_s_max, 0.0)
+        return answer(await self.following(machine, after, to_tip=until == "tip", wait_s=wait_s))
+
+    async def following(self, machine: uuid.UUID, after: Position, *, to_tip: bool, wait_s: float) -> wire.FeedAnswer:
+        """What follows ``after``; if that is nothing, waits for it up to ``wait_s``."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
         while True:
             version = self._changes.version(machine)
-            found = await self._workers.read(self._list, machine, after, until == "tip")
-            left = end - time.monotonic()
+            found = await self._workers.read(self._list, machine, after, to_tip)
+            left = end - loop.time()
             if found.entries or found.restart or left <= 0 or self._closing:
-                return answer(found)
+                return found
             await self._changes.wait(machine, version, left)
 
     def _list(self, machine: uuid.UUID, after: Position, to_tip: bool) -> wire.FeedAnswer:
@@ -135,12 +141,12 @@ class Feed:
         machine = machine_id(request)
         generation = integer(request.match_info["generation"], "generation", 1, GENERATION_MAX)
         seq = integer(request.match_info["seq"], "seq", 1, SEQ_MAX)
-        entry = await self._workers.read(self._header, machine, generation, seq)
+        entry = await self._workers.read(self.header_of, machine, generation, seq)
         async with self._budget.hold(entry.segment_bytes):
             raw = await self._workers.read(self._store.read_segment, machine, entry.position)
             return await send_bytes(request, raw)
 
-    def _header(self, machine: uuid.UUID, generation: int, seq: int) -> Header:
+    def header_of(self, machine: uuid.UUID, generation: int, seq: int) -> Header:
         entry = self._store.entry(self._store.state(machine), generation, seq)
         if entry is None:
             raise UnknownPosition(
@@ -155,10 +161,10 @@ class Feed:
         # The payload is at most one segment's, whatever the range; half of it again for what is being compressed.
         need = min(part.length, PAYLOAD_BYTES_MAX) + (SEGMENT_BYTES_MAX - PAYLOAD_BYTES_MAX)
         async with self._budget.hold(need):
-            raw = await self._workers.read(self._image, machine, at, part)
+            raw = await self._workers.read(self.image_of, machine, at, part)
             return await send_bytes(request, raw)
 
-    def _image(self, machine: uuid.UUID, at: Position, part: Range) -> bytes:
+    def image_of(self, machine: uuid.UUID, at: Position, part: Range) -> bytes:
         with ImageReader(self._store, machine, at) as image:
             return image.image_segment(part.disk, part.offset, part.length)
 
@@ -169,10 +175,10 @@ class Feed:
         if part.length > chunk * HASHES_MAX:
             raise BadRequest(f"More than {HASHES_MAX} hashes were asked for at once.", remedy="Ask for a part.")
         async with self._budget.hold(min(chunk, self._budget.limit_bytes)):
-            raw = await self._workers.read(self._hashes, machine, part, chunk)
+            raw = await self._workers.read(self.hashes_of, machine, part, chunk)
         return await send_bytes(request, raw)
 
-    def _hashes(self, machine: uuid.UUID, part: Range, chunk: int) -> bytes:
+    def hashes_of(self, machine: uuid.UUID, part: Range, chunk: int) -> bytes:
         with ImageReader(self._store, machine, self._store.live(machine)) as image:
             return image.hashes(part.disk, part.offset, part.length, chunk)
 

@@ -55,11 +55,15 @@ class Ingest:
         length = _length(request)
         async with self._budget.hold(length):
             raw = await self._receive(request, length)
-            started = time.monotonic()
-            stored, duplicate = await self._workers.write(self._put, machine, generation, seq, raw)
-        self._counters.stored(machine, length, time.monotonic() - started, duplicate=duplicate)
+            return answer(await self.take(machine, generation, seq, raw))
+
+    async def take(self, machine: uuid.UUID, generation: int, seq: int, raw: bytearray) -> wire.StoredAnswer:
+        """Store a segment that arrived whole; durable on return."""
+        started = time.monotonic()
+        stored, duplicate = await self._workers.write(self._put, machine, generation, seq, raw)
+        self._counters.stored(machine, len(raw), time.monotonic() - started, duplicate=duplicate)
         self._changes.notify(machine)
-        return answer(wire.StoredAnswer(position=str(stored), duplicate=duplicate))
+        return wire.StoredAnswer(position=str(stored), duplicate=duplicate)
 
     def _put(self, machine: uuid.UUID, generation: int, seq: int, raw: bytearray) -> tuple[Position, bool]:
         header = Header.unpack(memoryview(raw)[:HEADER_BYTES])
