@@ -128,6 +128,8 @@ def _machine(one: m.MachineStatus) -> RenderableType:
             f"  domain {one.standby.domain or 'unknown'}, "
             f"kernel {'prepared' if one.standby.kexec_ready else 'not prepared yet'}"
         )
+    if one.replica is not None:
+        parts.append(_peer("replica", one.replica))
     if one.takeover is not None:
         parts.append(timeline(one.takeover))
     return Group(*parts)

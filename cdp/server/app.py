@@ -12,6 +12,8 @@ import asyncio
 import datetime
 import ipaddress
 import logging
+import os
+import socket
 import time
 import uuid
 from contextlib import AsyncExitStack
@@ -27,7 +29,7 @@ from cdp.server.api import Api, Parts
 from cdp.server.auth import Authenticator
 from cdp.server.config import Config
 from cdp.server.control import Hub, Slot
-from cdp.server.errors import StateDirectoryInvalid
+from cdp.server.errors import ListenFailed, StateDirectoryInvalid
 from cdp.server.feed import Feed
 from cdp.server.ingest import Ingest
 from cdp.server.join import Joining, ensure_first_operator
@@ -49,6 +51,8 @@ METRICS: Final = "/metrics"
 OPERATOR_FILE: Final = "operator.json"
 SHUTDOWN_S: Final = 15.0
 """How long requests that have begun may take to end; a segment's acknowledgement takes far less."""
+BACKLOG: Final = 512
+"""All agents may come back at the same moment after a restart."""
 RENEWAL_POLL_S: Final = 6 * 3600.0
 
 
@@ -82,6 +86,10 @@ class Server:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self.config
+        # The port first: whoever dials meanwhile waits, and a port that is taken stops everything at once.
+        self._sockets = [_bound(address, config.port) for address in config.listen or ("",)]
+        for bound in self._sockets:
+            stack.callback(bound.close)
         await asyncio.to_thread(self._open_directory)
         self.workers = Workers()
         self.store = await asyncio.to_thread(
@@ -180,8 +188,8 @@ class Server:
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(self.hub.close)
         stack.callback(feed.close)
-        for address in config.listen or (None,):
-            await web.TCPSite(runner, address, config.port, ssl_context=self._ssl).start()
+        for bound in self._sockets:
+            await web.SockSite(runner, bound, ssl_context=self._ssl, backlog=BACKLOG).start()
         self.port: int = runner.addresses[0][1]
         path = self.directory / OPERATOR_FILE
         if await self.workers.write(ensure_first_operator, self.auth, self.store, self.authority, path, self.port):
@@ -246,6 +254,21 @@ class Server:
         return Deadlines() if record is None else record.spec.deadlines
 
 
+def _bound(address: str, port: int) -> socket.socket:
+    """A listening socket; "" is every address, of both families where there are two. Raises ``ListenFailed``."""
+    try:
+        if address == "" and socket.has_dualstack_ipv6():
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ListenFailed(
+            f"The server cannot listen at {address or 'any address'}, port {port}: {os.strerror(error.errno or 0)}.",
+            remedy="Another program may hold the port; change 'listen' or 'port' in the configuration.",
+            port=port,
+        ) from error
+
+
 def initialise(config: Config) -> Path:
     """Make the CA, the store and the first operator's credential without serving; returns the credential's file.
     Blocks. Raises ``StoreLocked`` if the server is running."""
@@ -260,6 +283,9 @@ def initialise(config: Config) -> Path:
 
 def _is_loopback(remote: str | None) -> bool:
     try:
-        return remote is not None and ipaddress.ip_address(remote.partition("%")[0]).is_loopback
+        address = ipaddress.ip_address((remote or "").partition("%")[0])
     except ValueError:
         return False
+    # On a socket of both families IPv4 peers appear as ::ffff:127.0.0.1.
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

@@ -101,3 +101,9 @@ class StateDirectoryInvalid(CdpError):
     """The server's directory holds something that the server did not write or cannot read."""
 
     code = "state-directory-invalid"
+
+
+class ListenFailed(CdpError):
+    """The server's port cannot be listened at."""
+
+    code = "listen-failed"

@@ -18,11 +18,12 @@ from cdp.server.messages import (
     AgentStatus,
     JournalStatus,
     MachineStatus,
+    PeerStatus,
     ProtectRequest,
     StageStatus,
     StandbyStatus,
 )
-from cdp.store.errors import UnknownPosition
+from cdp.store.errors import UnknownMachine, UnknownPosition
 from journal import wire
 from journal.errors import BadRequest, NotProtected
 from journal.position import Position
@@ -39,6 +40,9 @@ CONSUMER: Final = "standby"
 """The name of the standby's cursor."""
 LAG_S_WARNING: Final = 15.0
 """A healthy machine is one to three seconds behind; this is well past any hiccup."""
+
+JOURNAL_KEPT: Final = 20.0
+"""So counting costs at most a twentieth of a core, however often somebody looks."""
 
 _SPEC = msgspec.json.Decoder(MachineSpec)
 
@@ -70,6 +74,7 @@ class Machines:
         self._domain_state = domain_state
         self._clock = clock
         self._disk_problems: dict[uuid.UUID, DisksChanged] = {}
+        self._journals: dict[uuid.UUID, tuple[float, JournalStatus]] = {}
 
     # --- specification and side ---------------------------------------------------------------------------------------
     def spec(self, machine: uuid.UUID) -> MachineSpec | None:
@@ -114,6 +119,7 @@ class Machines:
     def forget(self, machine: uuid.UUID) -> None:
         self._store.settings.delete(f"spec/{machine}")
         self._disk_problems.pop(machine, None)
+        self._journals.pop(machine, None)
 
     # --- disks --------------------------------------------------------------------------------------------------------
     def report_disks(self, machine: uuid.UUID, disks: list[wire.DiskInfo]) -> None:
@@ -172,12 +178,12 @@ class Machines:
         report = self._hub.state(machine, "agent").report
         fuzzy = spec is not None and self._fuzzy(machine, point)
         reason = report.fuzzy_reason if isinstance(report, wire.AgentReport) else ""
-        usage = self._store.usage(machine)
+        side = self._takeovers.side_of(machine)
         status = MachineStatus(
             machine=str(machine),
             name=held.name,
             protected=spec is not None,
-            side=self._takeovers.side_of(machine),
+            side=side,
             generation=tip.generation,
             disks=held.disks,
             stages=self._stages(machine, tip) if spec is not None else [],
@@ -185,15 +191,11 @@ class Machines:
             fuzzy_reason=reason if fuzzy else "",
             recovery_point=None if point is None else str(point),
             recovery_point_at_s=self._sealed_at_s(machine, point),
-            journal=JournalStatus(
-                segment_bytes=usage.segment_bytes,
-                file_bytes=usage.file_bytes,
-                oldest_s=None if usage.oldest_ns is None else usage.oldest_ns / 1e9,
-                newest_s=None if usage.newest_ns is None else usage.newest_ns / 1e9,
-            ),
+            journal=self._journal(machine),
             agent=agent,
             standby=standby,
             standby_state=self._standby_state(machine, standby),
+            replica=self._replica(machine) if side == "standby" else None,
             spec=spec,
             takeover=self._takeovers.newest(machine),
             problems=[],
@@ -202,7 +204,13 @@ class Machines:
         return status
 
     def all(self) -> list[MachineStatus]:
-        return [self.status(held.uuid) for held in self._store.list_machines()]
+        found = []
+        for held in self._store.list_machines():
+            try:
+                found.append(self.status(held.uuid))
+            except UnknownMachine:
+                continue  # it was removed meanwhile
+        return found
 
     def _fuzzy(self, machine: uuid.UUID, point: Position | None) -> bool:
         """Is there no recovery point at the tip? Inside a second (``CONTINUES``) the state before it counts."""
@@ -240,6 +248,28 @@ class Machines:
             return self._store.header(machine, at).sealed_at_ns / 1e9
         except UnknownPosition:
             return None
+
+    def _journal(self, machine: uuid.UUID) -> JournalStatus:
+        """Counting a long journal takes a while, so the answer is kept for a multiple of the time that it took."""
+        held = self._journals.get(machine)
+        started = time.monotonic()
+        if held is not None and started < held[0]:
+            return held[1]
+        usage = self._store.usage(machine)
+        status = JournalStatus(
+            segment_bytes=usage.segment_bytes,
+            file_bytes=usage.file_bytes,
+            oldest_s=None if usage.oldest_ns is None else usage.oldest_ns / 1e9,
+            newest_s=None if usage.newest_ns is None else usage.newest_ns / 1e9,
+        )
+        done = time.monotonic()
+        self._journals[machine] = (done + JOURNAL_KEPT * (done - started), status)
+        return status
+
+    def _replica(self, machine: uuid.UUID) -> PeerStatus:
+        """The agent inside the standby that has taken over."""
+        state = self._hub.state(machine, "taken-over")
+        return PeerStatus(**_peer(state, state.report.state if state.report else ""))
 
     def _agent(self, machine: uuid.UUID) -> AgentStatus:
         state = self._hub.state(machine, "agent")

@@ -180,7 +180,8 @@ class JournalStatus(Struct):
 
 class MachineStatus(Struct):
     """``side``: who is meant to own the service addresses and to push. ``standby_state``: the one word of the standby's
-    state table, "" without a standby. ``problems``: sentences, worst first; empty when all is well."""
+    state table, "" without a standby. ``replica``: the agent inside a standby that has taken over. ``problems``:
+    sentences, worst first; empty when all is well."""
 
     machine: str
     name: str
@@ -197,6 +198,7 @@ class MachineStatus(Struct):
     agent: AgentStatus
     standby: StandbyStatus | None
     standby_state: str
+    replica: PeerStatus | None
     spec: MachineSpec | None
     takeover: dict[str, Any] | None
     problems: list[str]

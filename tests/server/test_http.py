@@ -20,6 +20,7 @@ from blockbuster import blockbuster_ctx
 from cdp.server import messages as m
 from cdp.server.app import Server, _is_loopback
 from cdp.server.config import Config
+from cdp.server.errors import ListenFailed
 from cdp.server.http import JSON_BODY_BYTES_MAX
 from cdp.store import Store
 from cdp.store.errors import StoreLocked
@@ -216,6 +217,8 @@ async def test_metrics_have_the_promised_names(tmp_path: Path) -> None:
         ("127.0.0.1", True),
         ("::1", True),
         ("127.9.9.9", True),
+        ("::ffff:127.0.0.1", True),
+        ("::ffff:10.0.0.1", False),
         ("10.0.0.1", False),
         ("fe80::1%eth0", False),
         (None, False),
@@ -244,6 +247,15 @@ async def test_nothing_blocks_the_loop(tmp_path: Path) -> None:
                 assert got.status == 200
             await server.operator.ask("POST", m.MACHINES, {"name": "db2"})
             await server.operator.ask("DELETE", m.MACHINE.format(name="db2"))
+
+
+async def test_a_port_in_use_is_told(tmp_path: Path) -> None:
+    async with running(tmp_path / "one") as server:
+        config = Config(directory=str(tmp_path / "two"), listen=("127.0.0.1",), port=server.server.port)
+        with pytest.raises(ListenFailed) as caught:
+            async with Server(config, MemoryTarget()):
+                pass
+        assert "listen" in caught.value.remedy
 
 
 async def test_there_is_one_server_of_a_directory(tmp_path: Path) -> None:
