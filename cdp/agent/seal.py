@@ -94,7 +94,7 @@ class Sealer:
 
         ``copier``: its round is reading; ``final``: the cut is at ``end``, so that what was copied may go along.
         """
-        window = self._window(cursor, end, cut.monotonic_ns)
+        window = self._window(cursor, end, cut.monotonic_ns if final or end == cursor.raw else None)
         dirty.mark(window.lost.starts, window.lost.ends)
         pieces = window.pieces()
         copied = _NO_COPY
@@ -138,7 +138,9 @@ class Sealer:
         self._raw.release(end)
         return after
 
-    def _window(self, cursor: Cursor, end: int, now_ns: int) -> Window:
+    def _window(self, cursor: Cursor, end: int, now_ns: int | None) -> Window:
+        """``now_ns``: by when whatever was submitted lies below ``end``; None if more of the same moment may follow
+        there, as when a backlog is sealed window by window."""
         batches: list[Records] = []
         if cursor.open_bios:
             wanted = _u64(cursor.open_bios)
@@ -164,8 +166,10 @@ class Sealer:
         window = Window(batches, starts[rows], ends[rows], kinds[rows], rows)
         unfinished = np.flatnonzero(~done & ~void)
         if len(unfinished):
-            submitted = np.concatenate([batch["submitted_ns"] for batch in batches])[unfinished]
-            late = submitted + np.uint64(OPEN_NS_MAX) < np.uint64(now_ns)
+            submitted = np.concatenate([batch["submitted_ns"] for batch in batches])
+            # A bio that the end of a window cuts in two is as old as its neighbours, however late it is sealed.
+            now = submitted.max() if now_ns is None else np.uint64(now_ns)
+            late = submitted[unfinished] + np.uint64(OPEN_NS_MAX) < now
             gone = unfinished[late]
             window.lost = Intervals.of(starts[gone], ends[gone])
             for bio in np.unique(bios[unfinished[~late]]).tolist():

@@ -43,7 +43,9 @@ class Bench:
             resume=0,
         )
 
-    def seal(self, end: int | None = None, *, later_ns: int = 0) -> dict[tuple[int, int], tuple[Kind, bytes | None]]:
+    def seal(
+        self, end: int | None = None, *, later_ns: int = 0, final: bool = True
+    ) -> dict[tuple[int, int], tuple[Kind, bytes | None]]:
         """Seal up to ``end``; what the segment writes, by disk and offset."""
         cut = Cut(self.written.position, time.monotonic_ns() + later_ns, time.time_ns())
         self.cursor, entry = self.sealer.seal(
@@ -53,7 +55,7 @@ class Bench:
             flags=Flags.NONE,
             dirty=self.dirty,
             copier=None,
-            final=True,
+            final=final,
         )
         self.spool.publish(entry)
         segment = decode(entry.path.read_bytes())
@@ -94,6 +96,15 @@ def test_a_bio_that_stays_open_is_given_up_and_marked(bench: Bench) -> None:
     assert bench.seal(later_ns=2 * OPEN_NS_MAX) == {}
     assert bench.dirty.next_range(0, 0, 1 << 20) == (0, 1 << 16, 1 << 16)
     assert bench.written.raw.released == bench.written.position
+
+
+def test_a_bio_cut_in_two_by_a_window_of_an_old_backlog_is_not_given_up(bench: Bench) -> None:
+    long_ago = time.monotonic_ns() - 100 * OPEN_NS_MAX
+    middle = bench.written.write(1, 0, block(1), flags=0, submitted_ns=long_ago)
+    bench.written.write(1, 4096, block(2), submitted_ns=long_ago)
+    assert bench.seal(middle, final=False) == {}
+    assert bench.seal() == {(0, 0): (Kind.DATA, block(1) + block(2))}
+    assert not bench.dirty
 
 
 def test_an_abandoned_bio_is_ignored(bench: Bench) -> None:
