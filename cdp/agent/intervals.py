@@ -90,6 +90,8 @@ class Intervals:
 
     def between(self, low: int, high: int) -> Intervals:
         """What lies in ``[low, high)``; cheap on large sets."""
+        if low >= high:
+            return Intervals()
         first = int(np.searchsorted(self.ends, np.uint64(low), side="right"))
         last = int(np.searchsorted(self.starts, np.uint64(high), side="left"))
         starts, ends = self.starts[first:last].copy(), self.ends[first:last].copy()
