@@ -23,7 +23,7 @@ from types import TracebackType
 from standby.spec import MachineSpec
 from standby.takeover.drive import Drive
 from standby.takeover.errors import RecordDamaged, TakeoverActive, TakeoverUnknown
-from standby.takeover.plan import check_command
+from standby.takeover.plan import check_command, has_work
 from standby.takeover.ports import Ports
 from standby.takeover.record import Options, RecordStore, TakeoverRecord
 from standby.takeover.states import Act, Direction, Mode, State
@@ -62,7 +62,7 @@ class TakeoverController:
         await self._group.__aenter__()
         self._serving = True
         for record in self._records.values():
-            if _has_work(record):
+            if has_work(record):
                 self._drive(record)
         return self
 
@@ -137,13 +137,20 @@ class TakeoverController:
                 await self.retry(record.id)
 
     async def commit_expired(self) -> list[str]:
-        """Commit what has been running for longer than its rollback window; returns their ids. Call it now and then."""
+        """Commit what has been running for longer than its rollback window; returns their ids. Call it now and then.
+
+        Before that, domains that could not be redefined are tried again: they would boot the PE at their next start.
+        """
+        for record in self._records.values():
+            if record.state is State.RUNNING and record.failed(Act.REDEFINE):
+                await self.retry(record.id)
+                await self.settled(record.id)
         now_s = self._ports.clock.now_s()
         expired = [
             record
             for record in self._records.values()
             if record.state is State.RUNNING
-            and not record.rollback_requested
+            and not has_work(record)
             and now_s > (record.running_s or now_s) + record.spec.rollback_window_s
         ]
         for record in expired:
@@ -193,7 +200,7 @@ class TakeoverController:
             if record.version != self.record(takeover).version:
                 record = self.record(takeover)
                 continue
-            if record.stalled is not None or not _has_work(record):
+            if record.stalled is not None or not has_work(record):
                 return
             async with self._changed:
                 while self.record(takeover).version == record.version:
@@ -262,10 +269,6 @@ class TakeoverController:
         task = self._group.create_task(drive.run(), name=f"takeover {record.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _has_work(record: TakeoverRecord) -> bool:
-    return record.active or (record.state is State.RUNNING and record.rollback_requested)
 
 
 def _standby_is_free(record: TakeoverRecord) -> bool:

@@ -25,6 +25,7 @@ from standby.takeover.plan import (
     Turn,
     Wait,
     check_invariants,
+    has_work,
     needs_bumped,
     next_step,
     state_of,
@@ -100,7 +101,7 @@ class Drive:
             case Settle(state, reason):
                 self._settle(state, reason)
                 await self._store()
-                self.finished = not (record.state is State.RUNNING and record.rollback_requested)
+                self.finished = not has_work(record)
             case Stall(reason):
                 record.stalled = reason
                 log.error("takeover %s stalled: %s %s", record.id, reason.get("sentence"), reason.get("remedy"))
@@ -125,7 +126,7 @@ class Drive:
         record.move(state)
         record.reason = reason or record.reason
         if state is State.RUNNING:
-            record.running_s = self._ports.clock.now_s()
+            record.running_s = record.running_s or self._ports.clock.now_s()
         else:
             record.ended_s = self._ports.clock.now_s()
         log.info("takeover %s: %s", record.id, state)

@@ -25,7 +25,7 @@ Invariants, checked by ``check_invariants`` after every change of a record:
 4. The standby's disk is written (inject) only after it has applied exactly the cut, and the cut is final.
 5. The cut never changes once the generation on top of it has been begun.
 6. An undo or a rollback belongs to a planned takeover: an unplanned one has no source to return to.
-7. A record at rest has no intent without a result.
+7. A record at rest has no intent without a result, but for acts that the service does not need.
 """
 
 from __future__ import annotations
@@ -189,14 +189,23 @@ def state_of(record: TakeoverRecord) -> State:
     return next((phase for phase in PHASES if phase in open_phases), State.PROBE)
 
 
+def has_work(record: TakeoverRecord) -> bool:
+    """Will the drive do something with this record? One that runs may have to turn back, or to redefine its domain."""
+    if record.state is not State.RUNNING:
+        return record.active
+    redefine = record.last(Act.REDEFINE)
+    mended = redefine is None or redefine.outcome in (Outcome.DONE, Outcome.FAILED)
+    return record.rollback_requested or not mended
+
+
 def check_command(record: TakeoverRecord, command: str, now_s: float) -> None:
     """May the operator ``commit``, ``rollback`` or ``retry`` this takeover now? Raises ``TakeoverRefused``."""
     if command == "commit":
-        if record.state is State.RUNNING and not record.rollback_requested:
+        if record.state is State.RUNNING and not has_work(record):
             return
         why, remedy = f"it is {record.state}, not running", "Wait until it runs ('cdp status')."
     elif command == "retry":
-        if record.stalled is not None:
+        if record.stalled is not None or (record.state is State.RUNNING and record.failed(Act.REDEFINE)):
             return
         why, remedy = "it is not stalled", "See 'cdp takeovers' for what it is doing."
     elif record.mode is Mode.UNPLANNED:
@@ -229,7 +238,7 @@ def check_invariants(record: TakeoverRecord) -> None:
         4: begun(Act.INJECT) and not (done(Act.DRAIN) and done(Act.GENERATION)),
         5: begun(Act.GENERATION) and record.cut is None,
         6: (undo or rollback) and record.mode is Mode.UNPLANNED,
-        7: record.state in AT_REST and any(entry.outcome is None for entry in record.entries),
+        7: record.state in AT_REST and any(record.pending(act) for act in Act if act not in OPTIONAL),
     }
     wrong = [number for number, is_broken in broken.items() if is_broken]
     if wrong or len(record.entries) > ENTRIES_MAX:

@@ -142,6 +142,21 @@ def test_a_standby_that_is_not_ready_changes_nothing() -> None:
     with_controller(play)
 
 
+def test_a_domain_that_could_not_be_redefined_is_tried_again() -> None:
+    async def play(controller: TakeoverController, world: World) -> None:
+        record = await controller.take_over(world.spec, Mode.PLANNED, actor="a")
+        shown = await controller.settled(record.id)
+        assert shown.state is State.RUNNING
+        assert [warning["code"] for warning in shown.warnings] == ["broken"]
+        assert await controller.commit_expired() == []
+        mended = controller.record(record.id)
+        assert (mended.state, mended.warnings) == (State.RUNNING, [])
+        assert world.calls.count("redefine") == 2
+        await controller.commit(record.id)
+
+    with_controller(play, At({1: ("error", "before")}, "redefine"))
+
+
 def test_unknown_takeover() -> None:
     async def play(controller: TakeoverController, world: World) -> None:
         with pytest.raises(TakeoverUnknown):
