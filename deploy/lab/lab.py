@@ -60,6 +60,7 @@ class Lab:
         image = pe_image.build(progress=self._say)
         pe_image.install(image, self.where.server_dir / "pe")
         wheel = wheels.own_wheel(self.where.root / "wheel")
+        shutil.unpack_archive(wheel, self.where.code, "zip")
         self._say("the source machine's disk")
         source_vm.prepare(self.where, base, wheel)
         self._say("network")

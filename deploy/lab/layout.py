@@ -83,6 +83,11 @@ class Layout:
         return self.root / "server.toml"
 
     @property
+    def code(self) -> Path:
+        """Our wheel, unpacked."""
+        return self.root / "code"
+
+    @property
     def libvirt_dir(self) -> Path:
         return self.root / "libvirt"
 

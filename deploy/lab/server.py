@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def start(lab: Layout, processes: Processes) -> None:
         "[store]\nfile_bytes = 67108864\n"
     )
     process = processes.start(
-        PROCESS, inside(lab.server_namespace, *cdp_command(), "server", "--config", str(lab.server_config))
+        PROCESS, inside(lab.server_namespace, *_cdp(lab), "server", "run", "--config", str(lab.server_config))
     )
 
     def listens() -> bool:
@@ -53,17 +52,15 @@ def cdp_json(lab: Layout, *arguments: str) -> Any:
 
 def cdp_as_operator(lab: Layout, *arguments: str) -> list[str]:
     return inside(
-        lab.server_namespace,
-        "env",
-        f"CDP_CREDENTIAL={lab.server_dir / 'operator.json'}",
-        *cdp_command(),
-        *arguments,
+        lab.server_namespace, "env", f"CDP_CREDENTIAL={lab.server_dir / 'operator.json'}", *_cdp(lab), *arguments
     )
 
 
-def cdp_command() -> list[str]:
-    """``cdp`` of the environment that runs the lab."""
-    return [os.fspath(Path(sys.executable).with_name("cdp"))]
+def _cdp(lab: Layout) -> list[str]:
+    """``cdp`` out of the wheel that the source got, with the dependencies of the environment that runs the lab: an edit
+    of the tree changes nothing in a lab that is up."""
+    program = "from cdp.cli.main import main; main()"
+    return ["env", f"PYTHONPATH={lab.code}", sys.executable, "-P", "-c", program]
 
 
 def _tcp6(pid: int) -> bytes:

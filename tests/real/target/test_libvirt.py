@@ -113,11 +113,16 @@ def test_the_pe_boots_finds_its_disks_and_a_reset_leads_to_the_disk(
     target.redefine_for_disk(spec)
     assert target.state(spec) == "running"
     connection = libvirt.open(lab.hypervisor_uri)
-    domain = connection.lookupByUUIDString(str(spec.domain_uuid))
-    first = domain.ID()
-    domain.reset()
-    wait_until(lambda: domain.isActive() and domain.ID() != first, 60, "the start from the disk")
-    assert "<kernel>" not in domain.XMLDesc()
+    # A domain object keeps the number that the domain had when it was looked up.
+    first = connection.lookupByUUIDString(str(spec.domain_uuid))
+    first.reset()
+
+    def runs_anew() -> bool:
+        now = connection.lookupByUUIDString(str(spec.domain_uuid))
+        return bool(now.isActive()) and now.ID() != first.ID()
+
+    wait_until(runs_anew, 60, "the start from the disk")
+    assert "<kernel>" not in first.XMLDesc()
     target.destroy(spec)
     target.destroy(spec)
     assert target.state(spec) == "off"
