@@ -141,7 +141,7 @@ class TakeoverController:
 
         Before that, domains that could not be redefined are tried again: they would boot the PE at their next start.
         """
-        for record in self._records.values():
+        for record in list(self._records.values()):  # new ones may come while we wait
             if record.state is State.RUNNING and record.failed(Act.REDEFINE):
                 await self.retry(record.id)
                 await self.settled(record.id)
@@ -165,8 +165,8 @@ class TakeoverController:
         return self._shown[takeover]
 
     def of_machine(self, machine: str) -> list[TakeoverRecord]:
-        """The newest first."""
-        mine = [record for record in self._shown.values() if record.machine == machine]
+        """The newest first. May be called from any thread."""
+        mine = [record for record in list(self._shown.values()) if record.machine == machine]
         return sorted(mine, key=lambda record: record.created_s, reverse=True)
 
     def latest(self, machine: str) -> TakeoverRecord | None:
