@@ -17,7 +17,7 @@ from tests.harness.plant import Plant, new_seed
 from tests.harness.process import ProgramFailed
 from tests.harness.wait import wait_until
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 LOAD_S = 60
 WRITES_MIN = 20_000
@@ -39,6 +39,8 @@ def test_any_second_of_a_database_is_a_state_that_the_disks_had(kind: FileSystem
             before = plant.writes()
             began_ns = plant.sealed_ns(first)
             wait_until(lambda: time.monotonic_ns() - began_ns > LOAD_S * 10**9, LOAD_S + 30, "the load")
+            # A busy machine may be late with some of its seconds.
+            wait_until(lambda: len(plant.recovery_points()) > SECONDS + 10, 60, "enough recovery points", poll_s=1.0)
             load.check_running()
             writes = plant.writes() - before
             load.finish()
@@ -49,11 +51,12 @@ def test_any_second_of_a_database_is_a_state_that_the_disks_had(kind: FileSystem
         notes = fsynclog.Notes.read(load.notes)
         ended_ns = notes.fsynced_ns[1][-1]
 
-        moments = sorted(rng.randrange(began_ns, ended_ns) for _ in range(SECONDS))
-        with_postgres = set(rng.sample(range(SECONDS), SECONDS_WITH_POSTGRES))
-        for number, moment in enumerate(moments):
-            verdict = _check(plant, kind, plant.position_at(moment), notes, postgres=number in with_postgres)
-            assert verdict.right, f"second {moment}: {verdict}"
+        offered = [at for at in plant.recovery_points() if at <= plant.position_at(ended_ns)]
+        chosen = sorted(rng.sample(offered, SECONDS))
+        with_postgres = set(rng.sample(chosen, SECONDS_WITH_POSTGRES))
+        for at in chosen:
+            verdict = _check(plant, kind, at, notes, postgres=at in with_postgres)
+            assert verdict.right, f"{at.short}: {verdict}"
         print(f"{kind}: {writes} writes, {len(notes.fsynced_ns[0])} fsyncs a disk, {SECONDS} seconds right")
         _controls(plant, kind, rng.randrange(began_ns + SKEW_NS + 10**9, ended_ns - 10**10), notes)
 
