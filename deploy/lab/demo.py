@@ -29,7 +29,7 @@ from deploy.lab import layout, server, source_vm, timeline
 from deploy.lab.client import DATABASE, SCHEMA, USER, read_log
 from deploy.lab.errors import LabFailed
 from deploy.lab.lab import Lab
-from deploy.lab.layout import host
+from deploy.lab.layout import default_layout, host
 from deploy.lab.network import inside
 from deploy.lab.programs import run, wait_until
 from deploy.lab.wheels import REPOSITORY
@@ -53,7 +53,8 @@ TAKEOVER = "takeover"
 class Demo:
     def __init__(self, mode: str, out: Path) -> None:
         self._mode = mode
-        self._lab = Lab(progress=click.echo, keep_logs=out)
+        # Of its own name: a lab that somebody works in is left alone.
+        self._lab = Lab(default_layout("cdp-demo"), progress=click.echo, keep_logs=out)
         self._log = self._lab.where.logs / "client-commits.log"
         self._service = host(layout.SERVICE_ADDRESSES[0])
 

@@ -93,9 +93,10 @@ class Lab:
             *("--probe", f"postgresql:{layout.DATABASE_PORT}"),
             deadline_s=120,
         )
-        self._wait_ready()
+        self.wait_ready()
 
-    def _wait_ready(self) -> None:
+    def wait_ready(self) -> None:
+        """Return once the standby could take over."""
         end = time.monotonic() + READY_DEADLINE_S
         told = ""
         while (status := self._machine())["standby_state"] != "ready":

@@ -109,7 +109,7 @@ class Layout:
         return self.root / "operator"
 
 
-def default_layout() -> Layout:
-    """$CDP_LAB_NAME (cdp-lab) under $CDP_LAB_DIR (/var/lib/cdp-lab). Keep it short: sockets' paths end at 108 bytes."""
-    name = os.environ.get("CDP_LAB_NAME") or "cdp-lab"
+def default_layout(name: str = "cdp-lab") -> Layout:
+    """$CDP_LAB_NAME or ``name``, under $CDP_LAB_DIR (/var/lib/cdp-lab). Both short: sockets' paths end at 108 bytes."""
+    name = os.environ.get("CDP_LAB_NAME") or name
     return Layout(name, Path(os.environ.get("CDP_LAB_DIR") or "/var/lib/cdp-lab") / name)

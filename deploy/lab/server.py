@@ -41,9 +41,9 @@ def cdp(lab: Layout, *arguments: str, deadline_s: float = 60.0) -> str:
     return run(cdp_as_operator(lab, *arguments), deadline_s=deadline_s)
 
 
-def cdp_json(lab: Layout, *arguments: str) -> Any:
+def cdp_json(lab: Layout, *arguments: str, deadline_s: float = 60.0) -> Any:
     """The same with --json, decoded."""
-    text = cdp(lab, *arguments, "--json")
+    text = cdp(lab, *arguments, "--json", deadline_s=deadline_s)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
