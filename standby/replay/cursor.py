@@ -21,6 +21,7 @@ import numpy as np
 
 from journal.position import DIGEST_BYTES, Position
 from journal.wire import MachineState
+from standby.replay.apply import target_failed
 from standby.replay.ports import Disk, Offload, Transport
 
 CHUNK_BYTES = 1 << 20
@@ -32,7 +33,7 @@ NOTHING = bytes(DIGEST_BYTES)
 async def resume_from(
     transport: Transport, disks: Mapping[int, Disk], offload: Offload, state: MachineState
 ) -> Position | None:
-    """The position to continue from, or None: seed."""
+    """The position to continue from, or None: seed. Raises ``TargetFailed`` and whatever the transport raises."""
     cursor = await transport.cursor()
     if cursor is None or cursor.generation != state.generation:
         return None
@@ -40,9 +41,16 @@ async def resume_from(
         disk = disks[source.index]
         length = min(CHUNK_BYTES, source.size_bytes)
         digest = await transport.hashes(source.index, 0, length, CHUNK_BYTES)
-        if digest != NOTHING and blank(await offload(partial(disk.read, 0, length))):
+        if digest != NOTHING and blank(await offload(partial(_read, disk, length))):
             return None
     return cursor
+
+
+def _read(disk: Disk, length: int) -> memoryview:
+    try:
+        return disk.read(0, length)
+    except OSError as error:
+        raise target_failed(error) from error
 
 
 def blank(data: memoryview) -> bool:

@@ -276,6 +276,7 @@ class Follower:
 
     async def _apply_entries(self, entries: list[FeedEntry]) -> None:
         self._backlog_bytes = sum(entry.segment_bytes for entry in entries)
+        until = self._until
         async with Ahead(self._transport, entries) as ahead:
             for number, entry in enumerate(entries):
                 header = await undamaged(partial(self._apply_one, ahead, entry), self._clock)
@@ -283,8 +284,9 @@ class Follower:
                 self._backlog_bytes -= entry.segment_bytes
                 if header.is_recovery_point:
                     await self._at_recovery_point(due=number == len(entries) - 1)
-                if self._target is not None and self._state != "draining":
-                    return  # a drain was asked for: its target may be the very next position
+                # Consistent now, and the rest may end inside of a run; or a drain was asked for, maybe to the next one.
+                if self._until != until or (self._target is not None and self._state != "draining"):
+                    return
 
     async def _apply_one(self, ahead: Ahead, entry: FeedEntry) -> Header:
         assert self._applied is not None
