@@ -90,6 +90,13 @@ class StandbyBusy(CdpError):
     http_status = 409
 
 
+class ReplicaInUse(CdpError):
+    """A PE came up on disks from which the taken-over machine runs: replaying onto them would destroy its writes."""
+
+    code = "replica-in-use"
+    http_status = 409
+
+
 class TakeoverMissing(CdpError):
     """There is no such takeover."""
 

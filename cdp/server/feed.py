@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from cdp.server.http import (
+    PRINCIPAL,
     Gate,
+    Handler,
     answer,
     body_of,
     integer,
@@ -81,17 +83,27 @@ class Feed:
 
     def add_routes(self, gate: Gate) -> None:
         gate.add("GET", wire.MACHINE, self.machine, "agent", "pe", "operator")
-        gate.add("GET", wire.FEED, self.feed, "pe", "operator")
-        gate.add("GET", wire.SEGMENT, self.segment, "pe", "operator")
-        gate.add("GET", wire.IMAGE, self.image, "pe", "operator")
-        gate.add("GET", wire.HASHES, self.hashes, "agent", "pe", "operator")
+        gate.add("GET", wire.FEED, self._for_replicas(self.feed), "pe", "operator")
+        gate.add("GET", wire.SEGMENT, self._for_replicas(self.segment), "pe", "operator")
+        gate.add("GET", wire.IMAGE, self._for_replicas(self.image), "pe", "operator")
+        gate.add("GET", wire.HASHES, self._for_replicas(self.hashes), "agent", "pe", "operator")
         gate.add("GET", wire.CURSOR, self.cursor, "pe", "operator")
-        gate.add("PUT", wire.CURSOR, self.set_cursor, "pe")
+        gate.add("PUT", wire.CURSOR, self._for_replicas(self.set_cursor), "pe")
 
     def close(self) -> None:
         """End every long poll now."""
         self._closing = True
         self._changes.wake_all()
+
+    def _for_replicas(self, handler: Handler) -> Handler:
+        """A PE that comes up on the disks of a machine that runs from them gets nothing to write there."""
+
+        async def checked(request: web.Request) -> web.StreamResponse:
+            if request[PRINCIPAL].role == "pe":
+                self._machines.check_replica(machine_id(request))
+            return await handler(request)
+
+        return checked
 
     async def machine(self, request: web.Request) -> web.StreamResponse:
         return answer(await self._workers.read(self._machines.wire_state, machine_id(request)))

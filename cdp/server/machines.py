@@ -51,6 +51,7 @@ class Ownership(Protocol):
     """What the takeovers of a machine say about it."""
 
     def side_of(self, machine: uuid.UUID) -> Side: ...
+    def check_replica(self, machine: uuid.UUID) -> None: ...
     def newest(self, machine: uuid.UUID) -> dict[str, Any] | None: ...
     def standby_state(self, machine: uuid.UUID, reported: str | None) -> str: ...
 
@@ -149,6 +150,10 @@ class Machines:
                 self._store.settings.put(f"spec/{machine}", msgspec.json.encode(changed))
 
     # --- state --------------------------------------------------------------------------------------------------------
+    def check_replica(self, machine: uuid.UUID) -> None:
+        """Raise ``ReplicaInUse`` unless a PE may read the history in order to write it to the standby's disks."""
+        self._takeovers.check_replica(machine)
+
     def wire_state(self, machine: uuid.UUID) -> wire.MachineState:
         """What an agent or a PE is told. Raises ``NotProtected`` before 'cdp protect'."""
         held = self._store.machine(machine)

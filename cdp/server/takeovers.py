@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from cdp.server import messages as m
-from cdp.server.errors import StandbyBusy
+from cdp.server.errors import ReplicaInUse, StandbyBusy
 from cdp.server.http import PRINCIPAL, Gate, answer, body_of, query_int, query_seconds
 from cdp.server.machines import Machines, Side
 from cdp.server.workers import Workers
@@ -39,6 +39,15 @@ class Takeovers:
     def side_of(self, machine: uuid.UUID) -> Side:
         """Who may hold the service addresses and push."""
         return "standby" if self._controller.standby_owns(str(machine)) else "source"
+
+    def check_replica(self, machine: uuid.UUID) -> None:
+        """Raise ``ReplicaInUse`` if the standby's disks are no replica any more but the machine itself."""
+        if self._controller.runs_from_standby_disks(str(machine)):
+            raise ReplicaInUse(
+                "The machine runs from the standby's disks since its takeover; nothing may be replayed onto them.",
+                remedy="Boot the standby from its disk ('cdp standby start'), or go back with 'cdp rollback'.",
+                machine=str(machine),
+            )
 
     def newest(self, machine: uuid.UUID) -> dict[str, Any] | None:
         record = self._controller.latest(str(machine))

@@ -186,6 +186,16 @@ class TakeoverController:
             # This one changed nothing: the one before it decides.
         return False
 
+    def runs_from_standby_disks(self, machine: str) -> bool:
+        """Has the replicated system been started from the standby's disks, and not been stopped for a way back?
+
+        From then on they hold what nobody else has: whatever boots on them, replay must not write to them.
+        """
+        for record in self.of_machine(machine):
+            if record.begun(Act.FINISH_BOOT):
+                return not record.done(Act.STOP_STANDBY)
+        return False
+
     async def settled(self, takeover: str) -> TakeoverRecord:
         """Wait until nothing more happens by itself: running, terminal or stalled."""
         async for record in self.changes(takeover):

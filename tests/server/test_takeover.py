@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from cdp.server import messages as m
-from cdp.server.errors import StandbyBusy
+from cdp.server.errors import ReplicaInUse, StandbyBusy
 from journal import wire
 from journal.errors import StaleGeneration
 from journal.position import Position
@@ -148,6 +148,15 @@ async def test_a_planned_takeover_and_back(tmp_path: Path) -> None:
                 await server.operator.ask("POST", m.STANDBY.format(name="db1"), {"act": act})
         with pytest.raises(TakeoverActive):
             await site.start()
+        # a PE that came up on the taken-over disks would seed over them: it gets nothing to write
+        tip = state.tip
+        for path, query in (
+            (wire.FEED, {"after": tip}),
+            (wire.IMAGE, {"at": tip, "disk": "0", "offset": "0", "length": "4096"}),
+            (wire.HASHES, {"disk": "0", "offset": "0", "length": "4096", "chunk": "4096"}),
+        ):
+            with pytest.raises(ReplicaInUse):
+                await site.pe.ask("GET", path.format(machine=site.machine), **query)
         status = await site.status()
         assert (status.side, status.standby_state) == ("standby", "running")
         async with server.operator.session.get("/metrics") as got:

@@ -48,6 +48,9 @@ class Owner:
     def side_of(self, machine: uuid.UUID) -> Side:
         return "standby" if self.fenced else "source"
 
+    def check_replica(self, machine: uuid.UUID) -> None:
+        """No schedule starts the replicated system."""
+
     def newest(self, machine: uuid.UUID) -> dict[str, Any] | None:
         return None
 
