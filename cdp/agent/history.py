@@ -82,7 +82,7 @@ def check_disks(disks: Sequence[Geometry], known: Sequence[DiskInfo]) -> None:
         if sizes.get(disk.index, disk.size_bytes) > disk.size_bytes:
             raise DiskChanged(
                 f"Disk {disk.index} has {disk.size_bytes} bytes; its history was begun with {sizes[disk.index]}.",
-                remedy="Give it its old size, or protect the machine anew: 'cdp protect' starts a new history.",
+                remedy="Give it its old size, or protect the machine anew: 'cdp machines remove', then join it again.",
                 disk=disk.index,
                 size_bytes=disk.size_bytes,
                 known_bytes=sizes[disk.index],

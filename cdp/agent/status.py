@@ -86,7 +86,7 @@ class Status:
                 "disks",
                 DiskChanged(
                     f"Disk {index} was {what}.",
-                    remedy="There are no recovery points until it is as it was, or 'cdp protect' starts a new history.",
+                    remedy="There are no recovery points until it is as it was. If it has grown, restart the agent.",
                     disk=index,
                 ),
             )

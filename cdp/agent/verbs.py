@@ -231,7 +231,7 @@ class Orders:
                     "history",
                     NotFencedHere(
                         "The history has forked again: another agent seems to push for this machine.",
-                        remedy="Stop the other one (a copy of this machine?), then 'cdp resync'.",
+                        remedy="Stop the other one (a copy of this machine?), then restart this agent.",
                     ),
                 )
                 return

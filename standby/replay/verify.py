@@ -22,7 +22,7 @@ def verify_next(raw: bytes | bytearray | memoryview, machine: uuid.UUID, entry: 
     if segment.header.position != entry:
         raise SegmentDamaged(
             f"Segment {segment.header.position.short} came where {entry.short} was announced.",
-            remedy="Fetch it again; if it repeats, run 'cdp verify' on the server.",
+            remedy="Fetch it again; if it repeats, see the server's log: its disk may be failing.",
         )
     judge(segment.header, _base(segment.header, applied), lambda _seq: None)
     return segment
@@ -35,7 +35,7 @@ def verify_image(raw: bytes | bytearray | memoryview, machine: uuid.UUID, at: Po
     if segment.header.previous != at.digest or (segment.extents.disks != disk).any():
         raise SegmentDamaged(
             f"The server answered with another image than disk {disk} at {at.short}.",
-            remedy="Fetch it again; if it repeats, run 'cdp verify' on the server.",
+            remedy="Fetch it again; if it repeats, see the server's log: its disk may be failing.",
         )
     return segment
 

@@ -53,7 +53,10 @@ class TakeoverController:
         for takeover, raw in (await self._store.load()).items():
             record = TakeoverRecord.decode(raw)
             if record.id != takeover:
-                raise RecordDamaged(f"Record {takeover} calls itself {record.id}.", remedy="See 'cdp store check'.")
+                raise RecordDamaged(
+                    f"Record {takeover} calls itself {record.id}.",
+                    remedy="The store is damaged: restore it from a copy.",
+                )
             self._records[record.id] = record
             self._shown[record.id] = TakeoverRecord.decode(raw)
             if record.active and record.stalled is not None:

@@ -182,7 +182,7 @@ class TakeoverRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise RecordDamaged(
                 f"A stored takeover record cannot be read: {error}.",
-                remedy="It was written by a newer version, or the store is damaged: see 'cdp store check'.",
+                remedy="It was written by a newer version, or the store is damaged: upgrade, or restore a copy.",
             ) from error
 
 

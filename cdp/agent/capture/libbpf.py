@@ -117,7 +117,7 @@ def _fail(what: str, code: int) -> BpfFailed:
     _log.clear()
     return BpfFailed(
         f"{what} failed: {errno.errorcode.get(abs(code), code)}{f' ({said})' if said else ''}.",
-        remedy="See docs/operations.md for the kernels that capture supports.",
+        remedy="See docs/kernels.md for the kernels that capture supports.",
         errno=abs(code),
     )
 
