@@ -113,6 +113,11 @@ class Observed(ABC):
         self._wait(covered, deadline_s, "a recovery point of now")
         return found[-1]
 
+    def wait_progress(self, deadline_s: float = 30.0) -> None:
+        """Until the server has stored more than now."""
+        before = self.tip()
+        self._wait(lambda: self.tip() > before, deadline_s, f"more than {before.short}")
+
     def wait_applied(self, position: Position, deadline_s: float = 60.0) -> None:
         """Until the standby has acknowledged ``position``, or a later one."""
 

@@ -68,15 +68,18 @@ def test_killing_the_agent_alone_loses_no_second() -> None:
         plant.start_all()
         first = plant.wait_recovery_point()
         churn.start()
-        for _ in range(KILLS_EACH):
+        for number in range(KILLS_EACH):
+            if number % 2:
+                # On a busy machine a second is not enough to start: every other one is killed at work.
+                plant.wait_progress()
             churn.run_for(rng.uniform(*PAUSE_S))
             plant.kill("agent")
         churn.stop()
         last = plant.settle(deadline_s=60)
         plant.wait_applied(last, deadline_s=60)
         fuzzy = [header for header in plant.history() if header.flags & Flags.FUZZY and header.position > first]
-        assert not fuzzy, f"{len(fuzzy)} fuzzy segments although only the agent was killed"
         assert plant.agent_report().lost_events == 0
+        assert not fuzzy, f"{len(fuzzy)} fuzzy segments although only the agent was killed"
         _check_points(plant, churn, last)
         plant.check_no_crash()
 
