@@ -21,6 +21,7 @@ class CachedDisk:
         self.die_in: int | None = None
         """The process dies at that many calls from now, before, after or in the middle of it."""
         self.fail_next = False
+        self.failures = 0
 
     @property
     def size_bytes(self) -> int:
@@ -79,6 +80,7 @@ class CachedDisk:
         """How many of ``parts`` are done before the process dies; None if it lives."""
         if self.fail_next:
             self.fail_next = False
+            self.failures += 1
             raise OSError(errno.EIO, "injected")
         if self.die_in is not None:
             self.die_in -= 1

@@ -81,6 +81,8 @@ class StandbyLink(Link):
     def __init__(self, dice: Dice, server: Server, durable_at: Callable[[Position], None]) -> None:
         super().__init__(dice, server, ServerUnreachable)
         self._durable_at = durable_at
+        self._seed_pause_s = dice.random.choice((0.0, 1.0, 6.0))
+        """A long seed: the history goes on meanwhile."""
 
     async def state(self) -> wire.MachineState:
         return await self.ask(self._server.state)
@@ -95,6 +97,7 @@ class StandbyLink(Link):
         return self._maybe_damaged(await self.ask(lambda: self._server.image(at, disk, offset, length)))
 
     async def hashes(self, disk: int, offset: int, length: int, chunk: int) -> bytes:
+        await asyncio.sleep(self._dice.random.uniform(0.0, self._seed_pause_s))
         return await self.ask(lambda: self._server.hashes(disk, offset, length, chunk))
 
     async def cursor(self) -> Position | None:

@@ -233,7 +233,10 @@ class Server:
     def check_acknowledged(self, positions: list[Position]) -> None:
         self.check_tip()
         for position in positions:
-            stored = self.store.read_segment(self.machine, position)
+            try:
+                stored = self.store.read_segment(self.machine, position)
+            except CdpError as error:
+                raise AssertionError(f"{position.short} was acknowledged and is lost") from error
             assert stored == self.acknowledged[position], f"{position.short} was acknowledged and is another now"
 
 

@@ -42,10 +42,14 @@ class Standby(Process):
         self.disks = {number: disk(dice, size + extra, used=used) for number, size in enumerate(model.sizes)}
         self.link = StandbyLink(dice, server, self._check_durable)
         self.drains = 0
+        self._lent = False
         self._power_fails = False
+        self._alive = False
 
     def boot(self) -> list[Coroutine[Any, Any, None]]:
-        self._power_fails = False
+        self._power_fails, self._alive = False, True
+        for disk in self.disks.values():
+            disk.failures = 0
         self.follower = self._class(
             self._server.machine, self.link, self.disks, clock=self._clock, offload=inline, observer=None
         )
@@ -56,6 +60,7 @@ class Standby(Process):
         self.kill()
 
     def died(self) -> None:
+        self._alive = False
         if self._power_fails or self.dice.random.random() < 0.5:
             for disk in self.disks.values():
                 disk.power_cut()
@@ -73,10 +78,12 @@ class Standby(Process):
                     if follower is self.follower and follower.status().state == "drained":
                         self._check_drained(target)
                     if lend:
+                        self._lent = True
                         await follower.lend()
                         self._scribble(follower)
                         await asyncio.sleep(self.dice.random.uniform(0.0, 3.0))
         finally:
+            self._lent = False
             follower.resume()
 
     def _scribble(self, follower: Follower) -> None:
@@ -108,6 +115,14 @@ class Standby(Process):
         if status.consistent and applied is not None and applied.generation == point.generation:
             assert applied <= point, f"{applied.short} was applied, past the recovery point {point.short}"
 
+    def watch(self) -> None:
+        """From time to time while the process lives: as ``check``; and consistent means equal."""
+        self.check()
+        status = self.follower.status()
+        whole = not any(disk.failures or disk.die_in is not None for disk in self.disks.values())
+        if self._alive and whole and status.consistent and status.applied is not None and not self._lent:
+            assert self.equals(status.applied), f"{status.applied.short} is applied, but the disks differ"
+
     def _check_reaches(self, start: Position, point: Position) -> None:
         """What a power cut would leave now becomes the image at ``point`` if all from ``start`` on is applied to it."""
         path = self._model.path(start, point)
@@ -123,8 +138,9 @@ class Standby(Process):
     def _check_durable(self, position: Position) -> None:
         """Before it is acknowledged."""
         if self._server.up:
-            point = self._server.store.last_recovery_point(self._server.machine)
-            if point is not None and point.generation == position.generation:
+            store, machine = self._server.store, self._server.machine
+            point = store.last_recovery_point(machine)
+            if point is not None and store.live(machine).generation == position.generation:
                 self._check_reaches(position, point)
 
     def _check_drained(self, target: Position) -> None:

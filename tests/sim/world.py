@@ -87,7 +87,7 @@ class World:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(0.7)
-            self.standby.check()
+            self.standby.watch()
 
     async def _chaos_then_calm(self) -> None:
         loop = asyncio.get_running_loop()
@@ -111,7 +111,8 @@ class World:
             self._flush_index,
         )
         weights = [self.dice.random.choice((0, 0, 1, 3)) for _ in acts]
-        weights[-1] = 1
+        for always in (-1, -3, -4):
+            weights[always] = self.dice.random.choice((1, 3))
         pace_s = self.dice.random.choice((0.6, 1.5, 4.0))
         while (left := self._duration_s - loop.time()) > 0:
             await asyncio.sleep(min(left, self.dice.random.expovariate(1 / pace_s)))
