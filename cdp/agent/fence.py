@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# Netlink costs half a second of start-up and 20 MB: it is loaded in the thread that needs it, on the day that it does.
+# Netlink costs half a second of start-up (several on an emulated CPU) and 20 MB: it is loaded in a thread, on the day
+# that it is needed; in a planned takeover while the services stop, so that the fence does not wait for it.
+def load_netlink() -> None:
+    from standby.takeover import address  # noqa: F401, PLC0415
+
+
 def remove_addresses(addresses: Sequence[str]) -> Evidence:
     from standby.takeover import address  # noqa: PLC0415
 

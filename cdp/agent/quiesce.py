@@ -100,7 +100,10 @@ class Quiescer:
             case "postgresql":
                 if self._config.postgresql_checkpoint:
                     await run(self._config.postgresql_checkpoint)
-                await run(["systemctl", "stop", self._config.postgresql_unit])
+                # Debian's postgresql.service only stands for its instances (postgresql@15-main): they are stopped with
+                # it, but a stop of it alone does not wait for them, and what they commit meanwhile would be lost.
+                unit = self._config.postgresql_unit.removesuffix(".service")
+                await run(["systemctl", "stop", f"{unit}.service", f"{unit}@*.service"])
             case "freeze":
                 for mount in self._config.freeze:
                     await asyncio.to_thread(_freeze, mount)

@@ -18,13 +18,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
 from cdp.agent.client import Client
 from cdp.agent.errors import NotFencedHere, UnknownVerb
-from cdp.agent.fence import Fencer, add_addresses, announce_addresses
+from cdp.agent.fence import Fencer, add_addresses, announce_addresses, load_netlink
 from cdp.agent.pipeline import Pipeline
 from cdp.agent.push import Pusher
 from cdp.agent.quiesce import Quiescer
@@ -44,6 +44,7 @@ ENFORCE_S: Final = 1.0
 """How often a lease is looked at, and a fenced machine for an address that has come back."""
 
 _ArgsT = TypeVar("_ArgsT", bound=msgspec.Struct)
+_ActP = ParamSpec("_ActP")
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
@@ -103,7 +104,7 @@ class Orders:
         self._status = status
         self._lock = asyncio.Lock()
         self._last_fork: float | None = None
-        self._announcing: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         status.quiesced = quiescer.noted is not None
 
     def verbs(self) -> dict[str, Verb]:
@@ -131,6 +132,7 @@ class Orders:
     # --- takeover -----------------------------------------------------------------------------------------------------
     async def _quiesce(self, args: QuiesceArgs) -> dict[str, Any]:
         if self._fencer.fence is None:
+            self._in_background(load_netlink)
             await self._quiescer.quiesce(args.mode, args.deadline_s, args.lease_s)
             self._status.quiesced = True
         return {}
@@ -189,10 +191,14 @@ class Orders:
         self._status.fenced = False
         self.pusher.paused = False
         self.pusher.notify()
-        task = asyncio.create_task(asyncio.to_thread(announce_addresses, args.addresses))
-        self._announcing.add(task)
-        task.add_done_callback(self._announcing.discard)
+        self._in_background(announce_addresses, args.addresses)
         return {}
+
+    def _in_background(self, act: Callable[_ActP, None], *args: _ActP.args, **kwargs: _ActP.kwargs) -> None:
+        """Start something that nobody waits for."""
+        task = asyncio.create_task(asyncio.to_thread(act, *args, **kwargs))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     # --- the rest -----------------------------------------------------------------------------------------------------
     async def _resync(self, args: ResyncArgs) -> dict[str, Any]:
