@@ -156,7 +156,7 @@ class Demo:
         self._lab.say("pg_amcheck")
         source_vm.ssh(
             self._lab.where,
-            f"cd / && runuser -u postgres -- pg_amcheck --heapallindexed -d {DATABASE}",
+            f"cd / && runuser -u postgres -- /usr/lib/postgresql/15/bin/pg_amcheck --heapallindexed -d {DATABASE}",
             deadline_s=CHECK_DEADLINE_S,
             address=layout.STANDBY_ADDRESS,
         )

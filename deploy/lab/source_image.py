@@ -55,7 +55,19 @@ _LEFT_OUT = (
     "/lib/modules/*/kernel/drivers/staging/*",
     "/lib/modules/*/kernel/drivers/iio/*",
     "/lib/modules/*/kernel/sound/*",
+    "/lib/modules/*/kernel/drivers/net/ethernet/mellanox/*",
+    "/lib/modules/*/kernel/drivers/net/ethernet/broadcom/*",
+    "/lib/modules/*/kernel/drivers/net/ethernet/qlogic/*",
+    "/lib/modules/*/kernel/drivers/net/ethernet/chelsio/*",
+    "/lib/modules/*/kernel/drivers/net/ethernet/netronome/*",
+    "/lib/modules/*/kernel/drivers/scsi/qla2xxx/*",
+    "/lib/modules/*/kernel/drivers/scsi/lpfc/*",
+    "/lib/modules/*/kernel/fs/ocfs2/*",
+    "/usr/share/i18n/locales/*",
+    # PostgreSQL's just-in-time compiler; it is switched off.
     "/usr/lib/x86_64-linux-gnu/libLLVM*",
+    "/usr/lib/x86_64-linux-gnu/libz3*",
+    "/usr/lib/postgresql/*/lib/bitcode/*",
 )
 _SCRIPTS = Path(__file__).parent / "source"
 _DEBOOTSTRAP_DEADLINE_S = 1800.0
