@@ -87,6 +87,7 @@ class Pipeline:
         self._cursor: Cursor | None = None
         self._dropping: Dropping | None = "no-history"
         self._held_until = 0.0
+        self._lost_generation = -1
         self._orders: list[tuple[bool, asyncio.Future[Position]]] = []
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -114,7 +115,6 @@ class Pipeline:
         if cursor.round is not None:
             rounds.begin(cursor.round)
         self._dropping = None
-        self._status.starting = False
         self._show(fuzzy=not rounds.clean(self._session.losses().generation))
         log.info("continuing at %s", cursor.position.short)
         return True
@@ -373,8 +373,11 @@ class Pipeline:
     def _look(self, losses: Losses, cut: Cut) -> None:
         self._status.captured_at_s = cut.wall_ns / 1e9
         self._status.raw_backlog_bytes = self._behind
-        if losses.generation != self._rounds.dealt or not self._status.lost:
-            self._status.lost = self._session.lost.events
+        if losses.generation != self._lost_generation:
+            lost = self._session.lost.events
+            if losses.generation != self._rounds.dealt:
+                log.warning("writes were lost, so far: %s", lost)
+            self._lost_generation, self._status.lost = losses.generation, lost
         self._disks_changed = self._session.disk_changed()
         self._status.disks_changed(self._disks_changed)
 

@@ -171,10 +171,10 @@ class Pusher:
             self._stored.notify_all()
 
     def _connected(self) -> None:
-        self._status.online = True
+        self._status.online, self._status.starting = True, False
         self._status.works("push")
 
     def _fail(self, error: CdpError) -> None:
         if isinstance(error, ServerUnreachable):
-            self._status.online = False
+            self._status.online, self._status.starting = False, False
         self._status.failed("push", error)
