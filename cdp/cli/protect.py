@@ -164,7 +164,8 @@ def _request(given: dict[str, Any]) -> m.ProtectRequest:
     if bool(source) != bool(given["source_domain"]):
         raise ValueError("--source-hypervisor and --source-domain belong together")
     return m.ProtectRequest(
-        disks=given["disks"],
+        # The agent reports kernel names; people write paths.
+        disks=tuple(disk.removeprefix("/dev/") for disk in given["disks"]),
         service_addresses=given["service_addresses"],
         probes=given["probes"],
         quiesce=given["quiesce"],

@@ -157,7 +157,7 @@ def source(site: Site) -> Source:
     assert "has not reported its disks" in refused.stderr
     source.tell_disks()
     wait_until(lambda: site.json("status", "db1")["disks"], 10, "the disks")
-    site.cdp("protect", "db1", "--disk", "vda", "--service-address", "192.0.2.5/24", "--probe", "tcp:5432")
+    site.cdp("protect", "db1", "--disk", "/dev/vda", "--service-address", "192.0.2.5/24", "--probe", "tcp:5432")
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     rng = random.Random(seed)
