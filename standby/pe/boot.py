@@ -81,7 +81,7 @@ class BootFiles:
 
 
 class ReplicatedSystem:
-    """``follow.Observer`` and ``verbs.Boot``. ``disks``: target disks by number; ``mac``: of the standby's card."""
+    """``ports.Observer`` and ``verbs.Boot``. ``disks``: target disks by number; ``mac``: of the standby's card."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class ReplicatedSystem:
         """The replicated kernel is loaded, and nothing that was applied since has touched what it was read from."""
         return self._loaded is not None and not self._changed
 
-    # --- follow.Observer ------------------------------------------------------------------------------------------
+    # --- ports.Observer ------------------------------------------------------------------------------------------
     def everything_changed(self) -> None:
         self._changed = True
 

@@ -20,7 +20,7 @@ from journal.decoder import Segment
 from journal.extent import Extents, Kind
 from journal.segment import FRAME_BYTES
 from journal.wire import DiskInfo
-from standby.replay.ports import Disk, TargetFailed, TargetMissing, TargetTooSmall
+from standby.replay.ports import Disk, FlushFailed, TargetFailed, TargetMissing, TargetTooSmall
 
 _WINDOW_BYTES: Final = 4 << 20
 assert _WINDOW_BYTES % FRAME_BYTES == 0
@@ -121,11 +121,16 @@ class Applier:
             raise target_failed(error) from error
 
     def flush(self) -> None:
+        """Raises ``FlushFailed``: what was written since the last flush may be gone then."""
         try:
             for disk in self.disks.values():
                 disk.flush()
         except OSError as error:
-            raise target_failed(error) from error
+            raise FlushFailed(
+                f"A target disk could not be flushed: {error}.",
+                remedy="Check the storage of the hypervisor; the standby compares its disks again by itself.",
+                errno=error.errno,
+            ) from error
 
     def _write_data(self, segment: Segment) -> None:
         runs = Runs.of(segment.extents, Kind.DATA).rows()

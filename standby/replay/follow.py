@@ -12,7 +12,8 @@
     drained       the disks are at exactly that position and stay there
 
 Any error is shown in ``status().error`` and tried again with growing pauses: what is permanent for us (a disk that is
-too small) may be changed by the operator without a restart. A history that changed under us leads back to seeding.
+too small) may be changed by the operator without a restart. A history that changed under us, and a flush that failed,
+lead back to seeding.
 
 Invariants, checked by ``_check``:
 1. the cursor is written after a flush, at a recovery point, and only while the disks are consistent;
@@ -27,7 +28,7 @@ import uuid
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from journal.errors import CdpError
 from journal.extent import Extents
@@ -37,7 +38,18 @@ from journal.wire import FeedAnswer, FeedEntry, Progress
 from standby.replay.ahead import Ahead
 from standby.replay.apply import Applier
 from standby.replay.cursor import resume_from
-from standby.replay.ports import Clock, Disk, DrainRefused, HistoryChanged, Offload, T, Transport, Until
+from standby.replay.ports import (
+    Clock,
+    Disk,
+    DrainRefused,
+    FlushFailed,
+    HistoryChanged,
+    Observer,
+    Offload,
+    T,
+    Transport,
+    Until,
+)
 from standby.replay.retry import pause_s, undamaged
 from standby.replay.seed import Seeder
 from standby.replay.verify import verify_next
@@ -57,18 +69,6 @@ _TURNS: Final[dict[State, frozenset[State]]] = {
     "draining": frozenset({"seeding", "drained", "catching-up", "following", "draining"}),
     "drained": frozenset({"seeding", "draining", "following"}),
 }
-
-
-class Observer(Protocol):
-    """Told what happens to the disks, so that what was read from them can be kept up to date."""
-
-    def everything_changed(self) -> None: ...
-
-    def applied(self, extents: Extents) -> None: ...
-
-    async def recovery_point(self, position: Position, /) -> None:
-        """The disks are consistent, flushed and stand still until this returns."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Follower:
             except CdpError as error:
                 failures += 1
                 self._error = error
-                if isinstance(error, HistoryChanged):
+                if isinstance(error, HistoryChanged | FlushFailed):
                     self._lose()
                 await self._unless_woken(self._clock.sleep(pause_s(failures)))
             self._check()
@@ -354,7 +354,7 @@ class Follower:
 
     def _lose(self) -> None:
         """The disks are in no known state any more."""
-        self._fail_drain(_refused("The history changed while draining; the standby has to seed again."))
+        self._fail_drain(_refused("The disks are in no known state any more; the standby has to seed again."))
         self._target = self._drained = None
         self._applied = self._applied_header = self._consistent_from = self._unacked = None
         self._consistent = self._at_point = False

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 from journal.errors import CdpError
+from journal.extent import Extents
 from journal.position import Position
 from journal.wire import FeedAnswer, MachineState
 
@@ -97,6 +98,18 @@ class Offload(Protocol):
     def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
 
 
+class Observer(Protocol):
+    """Told what happens to the disks, so that what was read from them can be kept up to date."""
+
+    def everything_changed(self) -> None: ...
+
+    def applied(self, extents: Extents) -> None: ...
+
+    async def recovery_point(self, position: Position, /) -> None:
+        """The disks are consistent, flushed and stand still until this returns."""
+        ...
+
+
 class SystemClock:
     def monotonic(self) -> float:
         return time.monotonic()
@@ -135,6 +148,13 @@ class TargetFailed(CdpError):
 
     code = "target-failed"
     transient = True
+
+
+class FlushFailed(TargetFailed):
+    """The target disk could not say that it is durable; a second flush that succeeds would not vouch for the first, so
+    that nobody knows what the disk holds: it must be compared again."""
+
+    code = "flush-failed"
 
 
 class HistoryChanged(CdpError):

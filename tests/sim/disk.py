@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from typing import Literal
 
 from journal.extent import SECTOR_BYTES
 from tests.sim.faults import Dice, Died
+
+Failing = Literal["any", "flush"]
 
 
 class CachedDisk:
@@ -20,7 +23,7 @@ class CachedDisk:
         self._cache: list[tuple[int, bytes]] = []
         self.die_in: int | None = None
         """The process dies at that many calls from now, before, after or in the middle of it."""
-        self.fail_next = False
+        self.fail_next: Failing | None = None
         self.failures = 0
 
     @property
@@ -47,11 +50,22 @@ class CachedDisk:
         return memoryview(bytes(self.content[offset : offset + length]))
 
     def flush(self) -> None:
-        cut = self._step(len(self._cache))
+        try:
+            cut = self._step(len(self._cache), "flush")
+        except OSError:
+            self._forget_some()
+            raise
         done, self._cache = self._cache[:cut], self._cache[len(self._cache) if cut is None else cut :]
         for offset, data in done:
             self.platter[offset : offset + len(data)] = data
         self._stop(cut is not None)
+
+    def _forget_some(self) -> None:
+        """A failed flush: the disk does not say what it lost."""
+        self._cache = [held for held in self._cache if self._dice.random.random() < 0.5]
+        self.content = bytearray(self.platter)
+        for offset, data in self._cache:
+            self.content[offset : offset + len(data)] = data
 
     def survivors(self) -> bytearray:
         """What a power cut at this instant might leave."""
@@ -69,17 +83,17 @@ class CachedDisk:
         self._cache.clear()
 
     def heal(self) -> None:
-        self.die_in, self.fail_next = None, False
+        self.die_in, self.fail_next = None, None
 
     def _put(self, offset: int, data: bytes) -> None:
         assert offset + len(data) <= len(self.content), "a write beyond the end"
         self.content[offset : offset + len(data)] = data
         self._cache.append((offset, data))
 
-    def _step(self, parts: int) -> int | None:
+    def _step(self, parts: int, call: Failing = "any") -> int | None:
         """How many of ``parts`` are done before the process dies; None if it lives."""
-        if self.fail_next:
-            self.fail_next = False
+        if self.fail_next in ("any", call):
+            self.fail_next = None
             self.failures += 1
             raise OSError(errno.EIO, "injected")
         if self.die_in is not None:

@@ -74,7 +74,8 @@ class Standby(Process):
         try:
             with suppress(CdpError, TimeoutError):
                 async with asyncio.timeout(25):
-                    target = await follower.drain(None)
+                    here = follower.status().applied if self.dice.random.random() < 0.3 else None
+                    target = await follower.drain(here)
                     if follower is self.follower and follower.status().state == "drained":
                         self._check_drained(target)
                     if lend:

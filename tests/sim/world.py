@@ -171,7 +171,7 @@ class World:
         self._some_disk().die_in = self.dice.random.randint(1, 6)
 
     def _fail_standby_disk(self) -> None:
-        self._some_disk().fail_next = True
+        self._some_disk().fail_next = self.dice.random.choice(("any", "flush"))
 
     def _some_disk(self) -> CachedDisk:
         return self.standby.disks[self.dice.random.randrange(len(self.standby.disks))]
@@ -193,7 +193,9 @@ class World:
         store, machine = self.server.store, self.server.machine
         points = [position for position in sorted(self.server.acknowledged) if store.contains(machine, position)]
         points = [position for position in points if self.model.sealed[position].header.is_recovery_point]
-        parent = self.dice.random.choice((None, *points[-4:], *points[-1:], *points[-1:]))
+        applied = self.standby.follower.status().applied
+        there = [applied] * 4 if applied in points else []
+        parent = self.dice.random.choice((None, *points[-4:], *points[-1:], *points[-1:], *there))
         self.agent.excused = True
         self._note(f"generation on {parent.short if parent else None}")
         self.server.branch(parent)
