@@ -18,7 +18,8 @@ lead back to seeding.
 Invariants, checked by ``_check``:
 1. the cursor is written after a flush, at a recovery point, and only while the disks are consistent;
 2. a drained engine is consistent and its ``applied`` is the target of the drain;
-3. while the disks are lent to somebody else (``lend``) nothing is applied and no cursor exists.
+3. a segment that was applied in part is applied whole before any other, or the disks are compared again;
+4. while the disks are lent to somebody else (``lend``) nothing is applied and no cursor exists.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import uuid
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from journal.errors import CdpError
 from journal.extent import Extents
@@ -52,23 +53,13 @@ from standby.replay.ports import (
 )
 from standby.replay.retry import pause_s, undamaged
 from standby.replay.seed import Seeder
+from standby.replay.states import TURNS, State
 from standby.replay.verify import verify_next
-
-State = Literal["starting", "seeding", "catching-up", "following", "draining", "drained"]
 
 _POLL_S: Final = 20.0
 """How long the server may hold a feed request: bounds how late a dead connection is noticed."""
 _ACK_S: Final = 1.0
 """While catching up, flush and write the cursor this often: what a killed process applies again at most."""
-
-_TURNS: Final[dict[State, frozenset[State]]] = {
-    "starting": frozenset({"starting", "seeding", "catching-up"}),
-    "seeding": frozenset({"seeding", "catching-up"}),
-    "catching-up": frozenset({"seeding", "following", "draining"}),
-    "following": frozenset({"seeding", "draining"}),
-    "draining": frozenset({"seeding", "drained", "catching-up", "following", "draining"}),
-    "drained": frozenset({"seeding", "draining", "following"}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +104,7 @@ class Follower:
         self._consistent = False
         self._until: Until = "recovery-point"
         self._at_point = False
+        self._torn: Position | None = None
         self._unacked: Position | None = None
         self._acked_s = 0.0
         self._backlog_bytes = 0
@@ -290,17 +282,24 @@ class Follower:
 
     async def _apply_one(self, ahead: Ahead, entry: FeedEntry) -> Header:
         assert self._applied is not None
+        announced = Position.parse(entry.position)
+        if self._torn not in (None, announced):
+            raise HistoryChanged(
+                f"{announced.short} follows {self._applied.short}, but another segment was applied in part.",
+                remedy="The standby seeds again by itself, fetching only what differs.",
+            )
         raw = await ahead.take(entry)
-        verify = partial(verify_next, raw, self._machine, Position.parse(entry.position), self._applied)
+        verify = partial(verify_next, raw, self._machine, announced, self._applied)
 
         def work() -> tuple[Header, Extents]:
             segment = verify()
+            # From its first byte on the disks are at no position until all of it is written.
+            self._torn, self._at_point = announced, False
             self._applier.apply(segment)
             return segment.header, segment.extents
 
         header, extents = await self._offload(work)
-        self._applied, self._applied_header = header.position, header
-        self._at_point = False
+        self._applied, self._applied_header, self._torn = header.position, header, None
         if self._observer is not None:
             self._observer.applied(extents)
         return header
@@ -356,7 +355,7 @@ class Follower:
         """The disks are in no known state any more."""
         self._fail_drain(_refused("The disks are in no known state any more; the standby has to seed again."))
         self._target = self._drained = None
-        self._applied = self._applied_header = self._consistent_from = self._unacked = None
+        self._applied = self._applied_header = self._consistent_from = self._unacked = self._torn = None
         self._consistent = self._at_point = False
         self._until, self._backlog_bytes = "recovery-point", 0
         self._turn_to("seeding")
@@ -380,7 +379,7 @@ class Follower:
 
     def _turn_to(self, state: State) -> None:
         if state != self._state:
-            assert state in _TURNS[self._state], (self._state, state)
+            assert state in TURNS[self._state], (self._state, state)
             self._state = state
 
     def _check(self) -> None:

@@ -106,6 +106,8 @@ class Agent(Process):
         """Compare everything with the image at ``tip``, and go on there."""
         self.resyncs += 1
         self.spool.discard()
+        if tip.is_genesis and tip.generation > 1 and self.dice.random.random() < 0.5:
+            self.model.roll_back(tip)
         self._dirty = self.model.differing(tip)
         disks = [Geometry(index=n, size_bytes=size, granule_bytes=512) for n, size in enumerate(self.model.sizes)]
         now = len(self.model.log)

@@ -24,6 +24,8 @@ class CachedDisk:
         self.die_in: int | None = None
         """The process dies at that many calls from now, before, after or in the middle of it."""
         self.fail_next: Failing | None = None
+        self.fail_calls = 1
+        """So many of them, before the disk works again."""
         self.failures = 0
 
     @property
@@ -31,7 +33,12 @@ class CachedDisk:
         return len(self.content)
 
     def write(self, writes: Sequence[tuple[int, memoryview]]) -> None:
-        cut = self._step(len(writes))
+        try:
+            cut = self._step(len(writes))
+        except OSError:
+            for offset, data in writes[: self._dice.random.randint(0, len(writes))]:
+                self._put(offset, bytes(data))
+            raise
         for offset, data in writes[:cut]:
             self._put(offset, bytes(data))
         self._stop(cut is not None)
@@ -93,7 +100,9 @@ class CachedDisk:
     def _step(self, parts: int, call: Failing = "any") -> int | None:
         """How many of ``parts`` are done before the process dies; None if it lives."""
         if self.fail_next in ("any", call):
-            self.fail_next = None
+            self.fail_calls -= 1
+            if self.fail_calls <= 0:
+                self.fail_next = None
             self.failures += 1
             raise OSError(errno.EIO, "injected")
         if self.die_in is not None:

@@ -83,6 +83,10 @@ class Machine:
         self.disks[disk][write.offset : write.offset + length] = data
         self.log.append(write)
 
+    def roll_back(self, position: Position) -> None:
+        """It is the other side that goes on: from what had been replicated, not from what this side wrote since."""
+        self.disks = [bytearray(image) for image in self.images[position]]
+
     def nothing(self) -> Bits:
         return [np.zeros(size // SECTOR_BYTES, np.bool_) for size in self.sizes]
 

@@ -171,7 +171,11 @@ class World:
         self._some_disk().die_in = self.dice.random.randint(1, 6)
 
     def _fail_standby_disk(self) -> None:
-        self._some_disk().fail_next = self.dice.random.choice(("any", "flush"))
+        disk = self._some_disk()
+        disk.fail_next = self.dice.random.choice(("any", "flush"))
+        disk.fail_calls = self.dice.random.choice((1, 1, 6))
+        if self.dice.random.random() < 0.4:
+            asyncio.get_running_loop().call_later(self.dice.random.uniform(0.5, 3.0), self._branch)
 
     def _some_disk(self) -> CachedDisk:
         return self.standby.disks[self.dice.random.randrange(len(self.standby.disks))]
@@ -188,13 +192,13 @@ class World:
 
     def _branch(self) -> None:
         """A rollback, or a takeover that was undone: the next generation grows out of some recovery point."""
-        if not self.server.up:
+        if not self.server.up or self.dice.calm:
             return
         store, machine = self.server.store, self.server.machine
         points = [position for position in sorted(self.server.acknowledged) if store.contains(machine, position)]
         points = [position for position in points if self.model.sealed[position].header.is_recovery_point]
         applied = self.standby.follower.status().applied
-        there = [applied] * 4 if applied in points else []
+        there = [applied] * 8 if applied in points else []
         parent = self.dice.random.choice((None, *points[-4:], *points[-1:], *points[-1:], *there))
         self.agent.excused = True
         self._note(f"generation on {parent.short if parent else None}")
