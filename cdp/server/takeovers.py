@@ -45,7 +45,7 @@ class Takeovers:
         if self._controller.runs_from_standby_disks(str(machine)):
             raise ReplicaInUse(
                 "The machine runs from the standby's disks since its takeover; nothing may be replayed onto them.",
-                remedy="Let the hypervisor boot it from its disk ('virsh start cdp-NAME'), or go back with 'cdp rollback'.",
+                remedy="Let it boot from its disk ('virsh start cdp-NAME' on the hypervisor), or 'cdp rollback'.",
                 machine=str(machine),
             )
 
