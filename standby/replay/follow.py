@@ -58,6 +58,7 @@ from standby.replay.verify import verify_next
 
 _POLL_S: Final = 20.0
 """How long the server may hold a feed request: bounds how late a dead connection is noticed."""
+_SEEDS_AGAIN: Final = "The standby seeds again by itself, fetching only what differs."
 _ACK_S: Final = 1.0
 """While catching up, flush and write the cursor this often: what a killed process applies again at most."""
 
@@ -247,7 +248,7 @@ class Follower:
         if answer.restart:
             raise HistoryChanged(
                 f"{self._applied.short} is not in the live history any more.",
-                remedy="The standby seeds again by itself, fetching only what differs.",
+                remedy=_SEEDS_AGAIN,
                 applied=str(self._applied),
             )
         await self._apply_entries(self._wanted(answer))
@@ -283,11 +284,11 @@ class Follower:
     async def _apply_one(self, ahead: Ahead, entry: FeedEntry) -> Header:
         assert self._applied is not None
         announced = Position.parse(entry.position)
-        if self._torn not in (None, announced):
-            raise HistoryChanged(
-                f"{announced.short} follows {self._applied.short}, but another segment was applied in part.",
-                remedy="The standby seeds again by itself, fetching only what differs.",
-            )
+        start = self._consistent_from
+        # Until they are consistent, the disks may hold what a generation that branched off before it never had.
+        branched = not self._consistent and start is not None and announced.generation != start.generation
+        if branched or self._torn not in (None, announced):
+            raise HistoryChanged(f"The disks may hold more than what {announced.short} follows.", remedy=_SEEDS_AGAIN)
         raw = await ahead.take(entry)
         verify = partial(verify_next, raw, self._machine, announced, self._applied)
 
