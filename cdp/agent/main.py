@@ -41,7 +41,7 @@ from cdp.agent.rounds import Rounds
 from cdp.agent.spool import Spool, check_not_protected
 from cdp.agent.state import Identity, StateDir, boot_id
 from cdp.agent.status import Status
-from cdp.agent.takenover import system_up, takeover_id
+from cdp.agent.takenover import system_up, takeover_id, yield_the_cpu
 from cdp.agent.verbs import Orders
 from journal import wire
 from journal.errors import CdpError
@@ -230,6 +230,7 @@ async def _run_taken_over(config: AgentConfig, state: StateDir, identity: Identi
         )
         group.create_task(control.run(), name="control")
         await system_up()
+        yield_the_cpu(to_others=False)
         status.taken_over = True
         control.report_soon()
 

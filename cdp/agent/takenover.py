@@ -8,6 +8,7 @@ after it. It reports that the system is up, and does nothing else: no capture, n
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ from cdp.agent.errors import HookFailed
 
 MARKER: Final = Path("/etc/cdp/takeover.json")
 CMDLINE: Final = Path("/proc/cmdline")
-POLL_S: Final = 0.5
+POLL_S: Final = 2.0
 _ARGUMENT = re.compile(r"(?:^|\s)cdp\.takeover=(\S+)")
 
 
@@ -40,12 +41,21 @@ def takeover_id(marker: Path = MARKER, cmdline: Path = CMDLINE) -> str | None:
         return None
 
 
+def yield_the_cpu(to_others: bool) -> None:
+    """Run only when nobody else wants to, or normally again. While the machine starts, every second of CPU that this
+    agent takes (its imports, its asking) is a second of the service's downtime."""
+    policy = os.SCHED_IDLE if to_others else os.SCHED_OTHER
+    # Threads that exist already keep their own policy: call it before there are any.
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+
+
 async def system_up() -> None:
     """Return when the system has finished starting, as systemd sees it; units that failed do not hold it up."""
     while True:
         try:
             process = await asyncio.create_subprocess_exec(
-                *("systemctl", "is-system-running"),
+                # --wait returns when starting is over; without a bus, early on, it fails and is asked again.
+                *("systemctl", "is-system-running", "--wait"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,

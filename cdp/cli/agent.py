@@ -96,6 +96,11 @@ def join(
 
 
 def _run(config: Path | None) -> None:
+    from cdp.agent.takenover import takeover_id, yield_the_cpu  # noqa: PLC0415
+
+    if takeover_id() is not None:
+        # Before the imports: they alone take seconds of an emulated CPU.
+        yield_the_cpu(to_others=True)
     from cdp.agent import main  # noqa: PLC0415
     from cdp.agent.config import load  # noqa: PLC0415
 
