@@ -61,6 +61,8 @@ class Standby(Process):
 
     def died(self) -> None:
         self._alive = False
+        if self._drilling is not None:
+            self._drilling.cancel()  # its calls die with the process
         if self._power_fails or self.dice.random.random() < 0.5:
             for disk in self.disks.values():
                 disk.power_cut()
@@ -70,7 +72,7 @@ class Standby(Process):
 
     async def drill(self, *, lend: bool) -> None:
         """A takeover's part of the standby, given up again; with ``lend`` somebody else writes to the disks."""
-        follower = self.follower
+        follower, self._drilling = self.follower, asyncio.current_task()
         try:
             with suppress(CdpError, TimeoutError):
                 async with asyncio.timeout(25):
@@ -84,7 +86,7 @@ class Standby(Process):
                         self._scribble(follower)
                         await asyncio.sleep(self.dice.random.uniform(0.0, 3.0))
         finally:
-            self._lent = False
+            self._lent, self._drilling = False, None
             follower.resume()
 
     def _scribble(self, follower: Follower) -> None:

@@ -74,7 +74,12 @@ class World:
             self._note("the end")
         for task in ended:
             task.result()
+        self._check_drill()
         self._check_equal()
+
+    def _check_drill(self) -> None:
+        if self._drill is not None and not self._drill.cancelled():
+            self._drill.result()
 
     async def _load(self) -> None:
         """The machine's own writes go on whatever happens to the agent."""
@@ -210,10 +215,10 @@ class World:
             self._branch()
 
     def _start_drill(self) -> None:
-        if self._drill is not None and not self._drill.done():
-            return
         if self._drill is not None:
-            self._drill.result()
+            if not self._drill.done():
+                return
+            self._check_drill()
         self._drill = asyncio.ensure_future(self.standby.drill(lend=self.dice.random.random() < 0.4))
 
     def _flush_index(self) -> None:
