@@ -43,6 +43,7 @@ class Standby(Process):
         self.link = StandbyLink(dice, server, self._check_durable)
         self.drains = 0
         self._lent = False
+        self._drilling: asyncio.Task[None] | None = None
         self._power_fails = False
         self._alive = False
 
