@@ -119,7 +119,7 @@ class LibvirtTarget:
                 ) from error
             raise
         _power_off(domain)
-        if domain.isActive():
+        if _active(domain):
             raise HypervisorRefused(
                 f"The source's domain {source.domain!r} is still running.",
                 remedy="Power the source off by other means.",
@@ -173,12 +173,22 @@ def _standby(spec: MachineSpec) -> StandbySpec:
 
 def _power_off(domain: libvirt.virDomain) -> None:
     try:
-        if domain.isActive():
+        if _active(domain):
             domain.destroy()
     except libvirt.libvirtError as error:
         # It ended by itself between the question and the act.
-        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or domain.isActive():
+        if _active(domain):
             raise refusal(error) from error
+
+
+def _active(domain: libvirt.virDomain) -> bool:
+    """A transient domain is gone for libvirt once it has ended."""
+    try:
+        return bool(domain.isActive())
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return False
+        raise
 
 
 def _or_none(look_up: Callable[[], libvirt.virDomain]) -> libvirt.virDomain | None:
