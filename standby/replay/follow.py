@@ -217,8 +217,7 @@ class Follower:
         finally:
             self._seeder = None
         self._settle(seeded.position, seeded.consistent_from, "tip")
-        # An idle source: nothing followed the start of the seed, and that was a recovery point.
-        if seeded.state.recovery_point == str(self._applied) == seeded.state.tip:
+        if seeded.idle:
             await self._at_recovery_point(due=True)
 
     def _settle(self, position: Position, consistent_from: Position, until: Until) -> None:

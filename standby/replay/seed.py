@@ -38,11 +38,12 @@ _WORKERS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Seeded:
-    """Apply from ``position``; consistent from the first recovery point at or after ``consistent_from``."""
+    """Apply from ``position``; consistent from the first recovery point at or after ``consistent_from``. ``idle``: that
+    is ``position``, because nothing came during the copy."""
 
     position: Position
     consistent_from: Position
-    state: MachineState
+    idle: bool
 
 
 class Seeder:
@@ -78,7 +79,15 @@ class Seeder:
                 remedy="The standby seeds again by itself, fetching only what differs.",
             )
         self.progress = None
-        return Seeded(Position.parse(state.tip), Position.parse(end.tip), end)
+        return self._seeded(state, end)
+
+    def _seeded(self, start: MachineState, end: MachineState) -> Seeded:
+        first, last = Position.parse(start.tip), Position.parse(end.tip)
+        point = Position.parse(end.recovery_point) if end.recovery_point else None
+        if first == last and point is not None and last == Position.genesis(self._machine, last.generation, point):
+            # A takeover's generation, maybe without a segment for ever: its image is that of the cut it stands on.
+            first = last = point
+        return Seeded(first, last, idle=first == last == point)
 
     async def _work(self, stretches: Iterator[tuple[int, int, int]], meter: _Meter) -> None:
         for disk, offset, length in stretches:

@@ -219,6 +219,7 @@ class Acts:
         return {"position": str(applied)}
 
     async def _inject(self) -> Evidence:
+        await self._drain()  # a PE that was restarted since is at the cut, but not drained
         return {"injected": await self._ports.pe.inject(self._machine, self._record.id, self._spec)}
 
     async def _take_address(self) -> Evidence:

@@ -196,6 +196,44 @@ async def test_drains_across_a_fence() -> None:
         assert standby.equals(target)
 
 
+async def test_restarted_after_the_fence_it_still_drains_to_the_cut() -> None:
+    """The genesis of the next generation has the image of the cut it stands on; nothing will ever follow it."""
+    rng = random.Random(15)
+    history = History()
+    history.write_random(rng)
+    cut = history.write_random(rng)
+    standby = Standby(history)
+    async with standby.following():
+        await wait_until_async(lambda: history.stored_cursor == cut, 10, "following")
+    history.start_generation(cut)
+    async with standby.following() as engine:
+        await wait_until_async(lambda: engine.status().state == "following", 10, "following")
+        assert (engine.status().applied, engine.status().consistent) == (cut, True)
+        assert await engine.drain(cut) == cut
+        assert standby.equals(cut)
+        engine.resume()
+        await until_applied(engine, history.write_random(rng))
+        await wait_until_async(lambda: history.stored_cursor == history.tip, 10, "the next generation's segment")
+        assert standby.equals(history.tip)
+
+
+@pytest.mark.parametrize("flags", [Flags.FUZZY, Flags.CONTINUES])
+async def test_a_generation_on_what_is_no_recovery_point_is_not_consistent(flags: Flags) -> None:
+    rng = random.Random(16)
+    history = History()
+    point = history.write_random(rng)
+    standby = Standby(history)
+    history.start_generation(history.write_random(rng, flags))
+    async with standby.following() as engine:
+        await until_applied(engine, history.tip)
+        assert (engine.status().state, engine.status().consistent) == ("catching-up", False)
+        with pytest.raises(DrainRefused):
+            await engine.drain(point)
+        history.write_random(rng)
+        await wait_until_async(lambda: history.stored_cursor == history.tip, 10, "the first recovery point")
+        assert standby.equals(history.tip)
+
+
 async def test_a_drain_to_what_is_no_recovery_point_is_refused_and_following_goes_on() -> None:
     rng = random.Random(8)
     history = History()

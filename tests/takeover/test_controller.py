@@ -129,6 +129,18 @@ def test_unplanned_never_rolls_back() -> None:
     check_end(world, record)
 
 
+@pytest.mark.parametrize(
+    ("call", "when"), [("start_generation", "after"), ("drain", "before"), ("drain", "after"), ("inject", "before")]
+)
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_pe_that_restarted_before_it_was_changed_is_drained_again(mode: Mode, call: str, when: str) -> None:
+    world, record = take_over(mode, At({1: ("restart-pe", when)}, call), source_dead=mode is Mode.UNPLANNED)
+    # Between the drain and the injection of one act it refuses: planned goes back, unplanned is retried.
+    goes_back = mode is Mode.PLANNED and (call, when) == ("inject", "before")
+    assert record.state is (State.ROLLED_BACK if goes_back else State.RUNNING), record.reason
+    check_end(world, record)
+
+
 @pytest.mark.parametrize("call", ["redefine", "start_pe"])
 def test_what_the_service_does_not_need_is_a_warning(call: str) -> None:
     world, record = take_over(Mode.PLANNED, always(call), rolls_back=call == "start_pe")

@@ -77,6 +77,7 @@ class Standby:
     rows: set[int] = field(default_factory=set)
     applied: Position | None = None
     boots_from_disk: bool = False
+    pe_restarted: bool = False
 
 
 Fault = tuple[str, str]
@@ -164,6 +165,12 @@ class World:
         """A new controller process."""
         self.killed = asyncio.Event()
 
+    def restart_pe(self) -> None:
+        """Its process; the kernel below keeps the address. It compares, and is at the recovery point again."""
+        if self.standby.mode in ("following", "drained", "injected"):
+            self.standby.mode, self.standby.pe_restarted = "following", True
+            self.apply(self.recovery_point())
+
     # --- calls ------------------------------------------------------------------------------------------------------
     async def call(self, name: str, effect: Callable[[], Any], *, of: str = "") -> Any:
         """Everything the controller does to the world passes here."""
@@ -199,6 +206,9 @@ class World:
             await asyncio.sleep(3600)
         if kind == "die":
             self.source.alive = False
+            return
+        if kind == "restart-pe":
+            self.restart_pe()
             return
         raise (Broken if kind == "error" else Flaky)(f"{name} failed on purpose.", remedy="None.")
 
@@ -290,9 +300,11 @@ class Pe:
     async def drain(self, machine: str, takeover: str, position: Position) -> Position:
         def effect() -> Position:
             standby = self._in_pe()
-            assert standby.mode != "injected", "drained after it was changed"
-            standby.mode = "drained"
             assert standby.applied is not None
+            if standby.mode == "injected":
+                assert standby.applied == position, "drained to another position after it was changed"
+                return standby.applied
+            standby.mode = "drained"
             if standby.applied < position:
                 self._world.apply(position)
             return standby.applied
@@ -303,6 +315,8 @@ class Pe:
     async def inject(self, machine: str, takeover: str, spec: MachineSpec) -> list[str]:
         def effect() -> list[str]:
             standby = self._in_pe()
+            if standby.pe_restarted and standby.mode == "following":
+                raise Broken("Only drained disks can be handed over.", remedy="Drain them.")
             assert standby.mode in ("drained", "injected")
             self._world.cursor = None if standby.mode == "drained" else self._world.cursor
             standby.mode = "injected"
