@@ -26,8 +26,10 @@ def scratch_dir(prefix: str) -> Path:
 class LoopDisk:
     """A file of ``size_bytes`` zeros as a block device. ``device`` is its path; ``close`` detaches it."""
 
-    def __init__(self, backing: Path, size_bytes: int | None, *, sector_bytes: int = 512) -> None:
-        """``size_bytes`` None: the file exists (a recovered image)."""
+    def __init__(
+        self, backing: Path, size_bytes: int | None, *, sector_bytes: int = 512, spend_zeroing: bool = True
+    ) -> None:
+        """``size_bytes`` None: the file exists (a recovered image). ``spend_zeroing``: see below."""
         self.backing = backing
         if size_bytes is not None:
             with backing.open("xb") as file:
@@ -36,7 +38,7 @@ class LoopDisk:
         options = ["--sector-size", str(sector_bytes)] if sector_bytes != 512 else []
         self.device = Path(run(["losetup", "--find", "--show", *options, str(backing)]).strip())
         self._open = True
-        if size_bytes is not None:
+        if size_bytes is not None and spend_zeroing:
             # The first write-zeroes tells the driver whether the file below can do it. On tmpfs it fails, once, and by
             # right counts as a lost write: not in the middle of a proof that nothing is lost.
             run(["blkdiscard", "--zeroout", "--length", "4096", str(self.device)])

@@ -43,7 +43,7 @@ class Rig:
         self._spool: RawSpool | None = None
 
     def add_disk(self, size_bytes: int = 64 * MIB, **options: int) -> Path:
-        disk = LoopDisk(self.directory / f"disk-{len(self.disks)}", size_bytes, **options)
+        disk = LoopDisk(self.directory / f"disk-{len(self.disks)}", size_bytes, spend_zeroing=False, **options)
         self.disks.append(disk)
         self.devices.append(devices.inspect(disk.device))
         return disk.device
