@@ -261,12 +261,14 @@ class Orders:
                         self._status.works("quiesce")
                     except CdpError as error:
                         self._status.failed("quiesce", error)
-            if self._fencer.fence is not None:
-                try:
-                    await self._fencer.enforce()
-                    self._status.works("fence")
-                except CdpError as error:
-                    self._status.failed("fence", error)
+            # Not in the middle of an unfence: it puts the addresses back before it deletes the note of the fence.
+            async with self._lock:
+                if self._fencer.fence is not None:
+                    try:
+                        await self._fencer.enforce()
+                        self._status.works("fence")
+                    except CdpError as error:
+                        self._status.failed("fence", error)
             await asyncio.sleep(ENFORCE_S)
 
     async def enforce_at_start(self) -> None:
