@@ -1,9 +1,9 @@
 """Stopping the writers of a planned takeover, and starting them again.
 
     mode         quiesce                              undo
-    postgresql   checkpoint, stop the unit            start the unit
+    postgresql   checkpoint, stop the unit, sync      start the unit
     freeze       FIFREEZE each configured mount       FITHAW, in reverse
-    hooks        the configured command ``before``    the configured command ``after``
+    hooks        ``before`` as configured, sync       ``after`` as configured
     none         –                                    –
 
 What was done is noted in the runtime directory *before* it is done, so that an agent that is restarted in between can
@@ -100,15 +100,20 @@ class Quiescer:
             case "postgresql":
                 if self._config.postgresql_checkpoint:
                     await run(self._config.postgresql_checkpoint)
+                # Twice: while the service still runs, so that little is left for the one that counts as downtime.
+                await asyncio.to_thread(os.sync)
                 # Debian's postgresql.service only stands for its instances (postgresql@15-main): they are stopped with
                 # it, but a stop of it alone does not wait for them, and what they commit meanwhile would be lost.
                 unit = self._config.postgresql_unit.removesuffix(".service")
                 await run(["systemctl", "stop", f"{unit}.service", f"{unit}@*.service"])
+                # What other programs have written and not synced belongs to the machine, too.
+                await asyncio.to_thread(os.sync)
             case "freeze":
                 for mount in self._config.freeze:
                     await asyncio.to_thread(_freeze, mount)
             case "hooks":
                 await run(self._config.before)
+                await asyncio.to_thread(os.sync)
             case "none":
                 pass
 

@@ -37,8 +37,21 @@ _INDEXES: Final = (
     "modules.builtin.alias.bin",
     "modules.builtin.modinfo",
 )
-_MASKED_AT_FIRST_START: Final = ("ifupdown-pre.service", "systemd-udev-settle.service", "systemd-fsck-root.service")
-"""They wait for every device to be found, or check what was just checked. Masked in /run: gone after a reboot."""
+_MASKED_AT_FIRST_START: Final = (
+    "ifupdown-pre.service",
+    "systemd-udev-settle.service",
+    "systemd-fsck-root.service",
+    "e2scrub_reap.service",
+)
+"""They wait for every device, check what was just checked, or tidy up. Masked in /run: gone after a reboot."""
+
+_YIELDING_AT_FIRST_START: Final = (
+    "systemd-udev-trigger.service",
+    "systemd-udevd.service",
+    "systemd-logind.service",
+)
+"""They look for devices that the service does not wait for: the root is mounted and the network card has its name. Nice
+until the next reboot; the order of units stays as it is, so nothing can miss what it waits for."""
 
 _INIT: Final = """\
 #!/bin/busybox sh
@@ -64,6 +77,10 @@ fi
 $bb mkdir -p /run/systemd/system
 for unit in $masked; do
     $bb ln -s /dev/null /run/systemd/system/"$unit"
+done
+for unit in $yielding; do
+    $bb mkdir -p /run/systemd/system/"$unit".d
+    printf '[Service]\\nNice=19\\n' >/run/systemd/system/"$unit".d/cdp-first-start.conf
 done
 tries=0
 until root=$($bb findfs UUID="$root_uuid") && $bb mount -t "$root_kind" -o rw /dev/"${root#/dev/}" /root; do
@@ -111,6 +128,7 @@ def mini(modules: list[tuple[str, bytes]], root: Root, nic: Nic | None) -> bytes
         "nic": nic.name if nic else "",
         "mac": nic.mac if nic else "",
         "masked": " ".join(_MASKED_AT_FIRST_START),
+        "yielding": " ".join(_YIELDING_AT_FIRST_START),
         "root_uuid": root.uuid,
         "root_kind": root.kind,
     }
