@@ -27,7 +27,8 @@ Progress = Callable[[str], None]
 AGENT_DEADLINE_S = 120.0
 READY_DEADLINE_S = 900.0
 """A seed of a gigabyte, compressed by an emulated CPU that shares two cores with everything else."""
-STATUS_INTERVAL_S = 1.0
+STATUS_INTERVAL_S = 3.0
+"""Each look is a start of Python on cores that an emulated machine wants."""
 
 
 class Lab:
