@@ -88,9 +88,12 @@ class Processes:
     def find(self, name: str) -> Process | None:
         return next((process for process in self.all() if process.name == name), None)
 
+    def log_of(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
     def start(self, name: str, arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> Process:
         """Start a program in a session of its own; its output is appended to ``logs/NAME.log``."""
-        with (self._logs / f"{name}.log").open("ab") as log:
+        with self.log_of(name).open("ab") as log:
             child = subprocess.Popen(
                 list(arguments),
                 stdin=subprocess.DEVNULL,
@@ -102,7 +105,7 @@ class Processes:
         self._children[child.pid] = child
         state = _stat(child.pid)
         if state is None:
-            raise LabFailed(f"{name} ended at once.", remedy=f"See {self._logs / name}.log.")
+            raise LabFailed(f"{name} ended at once.", remedy=f"See {self.log_of(name)}.")
         process = Process(name, child.pid, state[1])
         self._save([*(other for other in self.all() if other.name != name), process])
         return process
@@ -110,7 +113,7 @@ class Processes:
     def check(self, process: Process) -> None:
         """Raise ``LabFailed`` if it is gone."""
         if not process.alive:
-            log = self._logs / f"{process.name}.log"
+            log = self.log_of(process.name)
             raise LabFailed(
                 f"{process.name} has ended: {log.read_text(errors='replace')[-1500:].strip()}", log=str(log)
             )
@@ -123,7 +126,6 @@ class Processes:
         process.signal(signal.SIGTERM)
         end = time.monotonic() + TERMINATE_S
         while process.alive and time.monotonic() < end:
-            self._reap(process)
             time.sleep(_POLL_S)
         self.kill(name)
 
@@ -133,17 +135,16 @@ class Processes:
         if process is None:
             return
         process.signal(signal.SIGKILL)
-        wait_until(lambda: self._reap(process) or not process.alive, TERMINATE_S, f"the end of {name}")
+        wait_until(lambda: not process.alive, TERMINATE_S, f"the end of {name}")
+        child = self._children.pop(process.pid, None)
+        if child is not None:
+            child.wait()
         self._save([other for other in self.all() if other.name != name])
 
     def stop_all(self) -> None:
         """The last one first."""
         for process in reversed(self.all()):
             self.stop(process.name)
-
-    def _reap(self, process: Process) -> bool:
-        child = self._children.get(process.pid)
-        return child is not None and child.poll() is not None
 
     def _save(self, processes: list[Process]) -> None:
         partial = self._record.with_suffix(".partial")
