@@ -28,8 +28,8 @@ Synchronous and thread-safe; a server calls it from worker threads. One process 
 
     store.set_cursor(uuid, consumer, position), store.cursor(uuid, consumer), store.cursors(uuid)
     store.remove_cursor(uuid, consumer)
-    store.add_bookmark(uuid, name, position, note), store.bookmark(uuid, name), store.bookmarks(uuid)
-    store.remove_bookmark(uuid, name)
+    store.add_bookmark(uuid, name, position, note, hold=, consistency=, hooks=), store.hold_bookmark(uuid, name, hold)
+    store.bookmark(uuid, name), store.bookmarks(uuid), store.remove_bookmark(uuid, name)
     store.save_takeover(id, bytes), store.load_takeovers() -> dict[str, bytes], store.remove_takeover(id)
     store.credentials, store.tokens, store.settings: Table          # put, get, take (once), delete, items
     store.audit(actor, action, subject, details), store.audit_log(limit)

@@ -6,11 +6,13 @@ import uuid
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from cdp.store.errors import BookmarkExists, UnknownBookmark
 from cdp.store.history import Reading
 from cdp.store.index import Index
 from cdp.store.machines import unknown_position
-from cdp.store.records import AuditEntry, Bookmark, Cursor
+from cdp.store.records import AuditEntry, Bookmark, Consistency, Cursor
 from journal.position import Position
 
 NAME_BYTES_MAX: Final = 200
@@ -18,6 +20,10 @@ VALUE_BYTES_MAX: Final = 1 << 20
 """A row that is larger than this is not a record but data, and belongs elsewhere."""
 AUDIT_ENTRIES_MAX: Final = 100_000
 """The oldest entries go first."""
+HOOKS_CHARS_MAX: Final = 16 << 10
+"""What is kept of the output of a bookmark's hooks: its end."""
+EXPIRED_BOOKMARKS_MAX: Final = 100
+"""Of each machine; those that expired first go first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +115,18 @@ class Ledger(Reading):
             return txn.delete("cursors", machine.bytes + _name(consumer))
 
     def add_bookmark(
-        self, machine: uuid.UUID, name: str, position: Position, note: str = "", *, consistent: bool = False
+        self,
+        machine: uuid.UUID,
+        name: str,
+        position: Position,
+        note: str = "",
+        *,
+        hold: bool = False,
+        consistency: Consistency = "crash",
+        hooks: str = "",
     ) -> Bookmark:
-        """Name a recovery point. Raises ``BookmarkExists``, ``UnknownPosition``."""
+        """Name a recovery point. An expired bookmark gives its name away. Raises ``BookmarkExists``,
+        ``UnknownPosition``."""
         header = self.header(machine, position)
         if not header.is_recovery_point:
             raise unknown_position(machine, position)
@@ -121,18 +136,55 @@ class Ledger(Reading):
             sealed_at_ns=header.sealed_at_ns,
             created_at_ns=self.clock_ns(),
             note=note,
-            consistent=consistent,
+            consistent=consistency == "application",
+            hold=hold,
+            hooks=hooks[-HOOKS_CHARS_MAX:],
         )
         key = machine.bytes + _name(name)
         with self.index.write() as txn:
-            if txn.get("bookmarks", key) is not None:
+            known = txn.get_row("bookmarks", key, Bookmark)
+            if known is not None and known.expired_at_ns is None:
                 raise BookmarkExists(
                     f"There is a bookmark {name!r} already.",
                     remedy="Choose another name, or remove it first.",
                     name=name,
                 )
+            if not self.is_stored(self.state(machine), position):
+                raise unknown_position(machine, position)  # retention has folded it meanwhile
             txn.put_row("bookmarks", key, row)
         return row
+
+    def hold_bookmark(self, machine: uuid.UUID, name: str, hold: bool) -> Bookmark:
+        """Let retention stop at the bookmark, or go past it again. Raises ``UnknownBookmark``."""
+        key = machine.bytes + _name(name)
+        with self.index.write() as txn:
+            row = txn.get_row("bookmarks", key, Bookmark)
+            if row is None or row.expired_at_ns is not None:
+                raise UnknownBookmark(
+                    f"There is no bookmark {name!r}, or it has expired.", remedy="'cdp points' lists them.", name=name
+                )
+            row = msgspec.structs.replace(row, hold=hold)
+            txn.put_row("bookmarks", key, row)
+        return row
+
+    def expire_bookmarks(self, machine: uuid.UUID) -> list[Bookmark]:
+        """Mark those whose recovery point is not stored any more; returns them. Expired ones stay listed, up to
+        ``EXPIRED_BOOKMARKS_MAX``."""
+        state = self.state(machine)
+        now_ns = self.clock_ns()
+        with self.index.write() as txn:
+            rows = list(txn.rows("bookmarks", machine.bytes, Bookmark))
+            gone = [
+                msgspec.structs.replace(row, expired_at_ns=now_ns)
+                for row in rows
+                if row.expired_at_ns is None and not self.is_stored(state, Position.parse(row.position))
+            ]
+            for row in gone:
+                txn.put_row("bookmarks", machine.bytes + row.name.encode(), row)
+            expired = sorted((row.expired_at_ns, row.name) for row in [*rows, *gone] if row.expired_at_ns is not None)
+            for _, name in expired[:-EXPIRED_BOOKMARKS_MAX]:
+                txn.delete("bookmarks", machine.bytes + name.encode())
+        return gone
 
     def bookmark(self, machine: uuid.UUID, name: str) -> Bookmark:
         with self.index.read() as txn:
@@ -142,7 +194,7 @@ class Ledger(Reading):
         return row
 
     def bookmarks(self, machine: uuid.UUID) -> list[Bookmark]:
-        """By name."""
+        """By name, expired ones too."""
         with self.index.read() as txn:
             return list(txn.rows("bookmarks", machine.bytes, Bookmark))
 

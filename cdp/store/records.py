@@ -21,7 +21,7 @@ from __future__ import annotations
 import struct
 import uuid
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -106,8 +106,15 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     set_at_ns: int
 
 
+Consistency = Literal["crash", "application"]
+
+
 class Bookmark(msgspec.Struct, frozen=True, kw_only=True):
-    """``consistent``: the applications of the machine were quiesced at this point."""
+    """A named recovery point.
+
+    ``hold``: retention stops here until it is released or removed; without it the bookmark expires with its recovery
+    point, and stays listed with ``expired_at_ns``. ``consistent``: the machine's applications were quiesced at this
+    point; ``hooks``: what their hooks printed."""
 
     name: str
     position: str
@@ -115,6 +122,13 @@ class Bookmark(msgspec.Struct, frozen=True, kw_only=True):
     created_at_ns: int
     note: str = ""
     consistent: bool = False
+    hold: bool = False
+    hooks: str = ""
+    expired_at_ns: int | None = None
+
+    @property
+    def consistency(self) -> Consistency:
+        return "application" if self.consistent else "crash"
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):

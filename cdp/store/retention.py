@@ -27,7 +27,7 @@ from cdp.store.base import BATCH_CHUNKS, CHUNK_BYTES, BaseImage
 from cdp.store.files import remove_tree
 from cdp.store.imaging import Imaging
 from cdp.store.index import disk_error
-from cdp.store.records import Base, Bookmark, Cursor, Entry, Span, generation_key, segment_key, time_key
+from cdp.store.records import Base, Cursor, Entry, Span, generation_key, segment_key, time_key
 from cdp.store.resolve import BASE
 from cdp.store.state import MachineState
 from journal.extent import Kind
@@ -219,10 +219,9 @@ class Retention(Imaging):
                 removed += count
             self.versions(machine).forget(span.generation, span.last)
         if removed:
-            with self.index.write() as txn:
-                for bookmark in list(txn.rows("bookmarks", machine.bytes, Bookmark)):
-                    if not self.is_stored(state, Position.parse(bookmark.position)):
-                        txn.delete("bookmarks", machine.bytes + bookmark.name.encode())
+            for bookmark in self.expire_bookmarks(machine):
+                details = {"bookmark": bookmark.name, "position": bookmark.position}
+                self.audit("store", "bookmark expired", str(machine), details)
             self.pool.trim(self.index)
         assert state.base is not None
         for older in range(1, state.base.root):

@@ -116,7 +116,9 @@ def test_small_facts_survive_a_restart(tmp_path: Path) -> None:
         store.set_cursor(source.machine, "standby", stored[2])
         with pytest.raises(UnknownPosition):
             store.set_cursor(source.machine, "standby", Position(1, 9, bytes(32)))
-        store.add_bookmark(source.machine, "before upgrade", stored[2], "v15", consistent=True)
+        store.add_bookmark(
+            source.machine, "before upgrade", stored[2], "v15", consistency="application", hooks="frozen"
+        )
         with pytest.raises(BookmarkExists):
             store.add_bookmark(source.machine, "before upgrade", stored[3])
         with pytest.raises(UnknownPosition):
@@ -132,7 +134,8 @@ def test_small_facts_survive_a_restart(tmp_path: Path) -> None:
         assert store.remove_cursor(source.machine, "standby")
         assert store.cursor(source.machine, "standby") is None
         bookmark = store.bookmark(source.machine, "before upgrade")
-        assert bookmark.position == str(stored[2]) and bookmark.consistent and bookmark.created_at_ns == 42
+        assert bookmark.position == str(stored[2]) and bookmark.created_at_ns == 42
+        assert bookmark.consistency == "application" and bookmark.hooks == "frozen" and not bookmark.hold
         store.remove_bookmark(source.machine, "before upgrade")
         with pytest.raises(UnknownBookmark):
             store.bookmark(source.machine, "before upgrade")
