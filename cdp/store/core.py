@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from cdp.store import tally
 from cdp.store.errors import StoreFailed, StoreFormatUnknown, StoreLocked, UnknownMachine
 from cdp.store.files import Files, opened, sync_directory
 from cdp.store.index import Index, Writer
@@ -124,11 +125,7 @@ class Core:
             return
         with self.index.write() as txn:
             for state, entries, tail in batch:
-                known = txn.get_row("tails", state.machine.uuid.bytes, Tail)
-                # Somebody who held the state may have committed these entries, and removed them again, meanwhile.
-                if known is not None and known.file == tail.file and known.end < tail.end:
-                    _write_entries(txn, state.machine.uuid, entries)
-                    txn.put_row("tails", state.machine.uuid.bytes, tail)
+                _commit_entries(txn, state.machine.uuid, entries, tail)
         for state, entries, _ in batch:
             self.forget_pending(state, entries)
 
@@ -199,8 +196,7 @@ class Core:
         """Make the pending segments part of ``txn``; then call ``forget_pending``. Hold ``writing``."""
         entries = list(state.pending.values())
         if entries:
-            _write_entries(txn, state.machine.uuid, entries)
-            txn.put_row("tails", state.machine.uuid.bytes, _tail(state))
+            _commit_entries(txn, state.machine.uuid, entries, _tail(state))
         return entries
 
     def forget_pending(self, state: MachineState, entries: list[Entry]) -> None:
@@ -345,8 +341,16 @@ def _tail(state: MachineState) -> Tail:
     return Tail(file=state.file.number, end=state.end, segments=state.file_segments)
 
 
-def _write_entries(txn: Writer, machine: uuid.UUID, entries: list[Entry]) -> None:
-    for entry in entries:
+def _commit_entries(txn: Writer, machine: uuid.UUID, entries: list[Entry], tail: Tail) -> None:
+    """Index pending ``entries`` of the file of ``tail``. Somebody else may have committed some of them, and removed
+    them again, since they were listed: the row of the file tells."""
+    known = txn.get_row("tails", machine.bytes, Tail)
+    if known is None or known.file != tail.file or known.end >= tail.end:
+        return
+    new = [entry for entry in entries if entry.offset >= known.end]
+    for entry in new:
         header = entry.header
         txn.put("segments", segment_key(machine, header.generation, header.seq), entry.pack())
         txn.put("times", time_key(machine, header), bytes([header.flags]))
+    tally.added(txn, machine, new)
+    txn.put_row("tails", machine.bytes, tail)

@@ -55,6 +55,9 @@ class Files(Protocol):
     def unlink(self, path: Path) -> None:
         """Remove the name if it is there; durable at some later time."""
 
+    def room(self, path: Path) -> tuple[int, int]:
+        """Bytes that are free, and all bytes, of the filesystem that holds ``path``."""
+
 
 @contextmanager
 def opened(files: Files, path: Path, *, write: bool = False) -> Iterator[int]:
@@ -130,6 +133,10 @@ class OsFiles:
 
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+    def room(self, path: Path) -> tuple[int, int]:
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
 
 def sync_directory(path: Path) -> None:

@@ -19,7 +19,6 @@ from cdp.store.records import (
     Instant,
     RecoveryPoint,
     Span,
-    Usage,
     generation_key,
     segment_key,
     time_bound,
@@ -52,19 +51,8 @@ class Reading(Ingest):
             if not self._on(state, spans, position):
                 raise unknown_position(machine, position)
             pending = list(state.pending.values())
-        with closing(self._entries(state, _after(spans, position), pending)) as entries:
+        with closing(self._entries(state, behind(spans, position), pending)) as entries:
             return [entry.header for entry in itertools.islice(entries, limit)]
-
-    def backlog_bytes(self, machine: uuid.UUID, position: Position) -> tuple[int, int]:
-        """Segments and their encoded bytes that are stored after ``position`` on the live lineage."""
-        state = self.state(machine)
-        with state.lock:
-            spans = state.held(state.lineage())
-            if not self._on(state, spans, position):
-                raise unknown_position(machine, position)
-            pending = list(state.pending.values())
-        sizes = [entry.header.segment_bytes for entry in self._entries(state, _after(spans, position), pending)]
-        return len(sizes), sum(sizes)
 
     def read_segment(self, machine: uuid.UUID, position: Position) -> bytes:
         """The encoded segment, every digest checked. Raises ``UnknownPosition`` and ``StoredDamage``."""
@@ -158,29 +146,6 @@ class Reading(Ingest):
             fuzzy=fuzzy,
             before_ns=before_ns,
             after_ns=after_ns,
-        )
-
-    def usage(self, machine: uuid.UUID) -> Usage:
-        """Reads a row a stored second (a quarter of a second for a day of them): not for every request."""
-        state, spans, base = self._timeline(machine)
-        pending = self._pending(state)
-        with self.index.read() as txn:
-            rows = txn.scan("segments", machine.bytes, machine.bytes)
-            segment_bytes = sum(Entry.record_bytes_of(value) for _, value in rows)
-            for entry in pending:
-                if txn.segment(machine, entry.header.generation, entry.header.seq) is None:
-                    segment_bytes += entry.record_bytes
-        oldest = base[1] if base is not None else None
-        if oldest is None:
-            with closing(self._instants(state, spans, 0)) as instants:
-                oldest = next((instant.sealed_at_ns for instant in instants), None)
-        with closing(self._instants_back(state, spans, 2**64 - 1)) as instants:
-            newest = next((instant.sealed_at_ns for instant in instants), oldest)
-        return Usage(
-            segment_bytes=segment_bytes,
-            file_bytes=self.pool.bytes_of(machine),
-            oldest_ns=oldest,
-            newest_ns=newest,
         )
 
     def _on(self, state: MachineState, spans: list[Span], position: Position) -> bool:
@@ -292,7 +257,7 @@ def _told_apart(
     return points, fuzzy
 
 
-def _after(spans: list[Span], position: Position) -> list[Span]:
+def behind(spans: list[Span], position: Position) -> list[Span]:
     """The part of a lineage that follows ``position``, which lies on it."""
     for number, span in reversed(list(enumerate(spans))):
         if position in span:

@@ -21,17 +21,21 @@ import lmdb
 import msgspec
 from blake3 import blake3
 
+from cdp.store import tally
 from cdp.store.errors import IndexDamaged, StoreFailed, StoreFormatUnknown, StoreFull
 from cdp.store.files import reserve_blocks
 from cdp.store.records import Entry, segment_key
 
-FORMAT: Final = b"cdp store 1"
+FORMAT: Final = b"cdp store 2"
+_WITHOUT_TALLIES: Final = b"cdp store 1"
+"""The format before. It lacks the sums of ``tally``; the first start with this version adds them."""
 TABLES: Final = (
     "meta",
     "machines",
     "names",
     "generations",
     "segments",
+    "tallies",
     "times",
     "files",
     "tails",
@@ -185,13 +189,15 @@ class Index:
     def _check_format(self) -> None:
         with self.write() as txn:
             found = txn.get("meta", b"format")
-            if found is None:
-                txn.put("meta", b"format", FORMAT)
-            elif found != FORMAT:
+            if found == _WITHOUT_TALLIES:
+                tally.recount(txn)
+            elif found not in (None, FORMAT):
                 raise StoreFormatUnknown(
                     f"The store has the format {found.decode(errors='replace')!r}, not {FORMAT.decode()!r}.",
                     remedy="Use the version of this program that wrote the store, or a newer one.",
                 )
+            if found != FORMAT:
+                txn.put("meta", b"format", FORMAT)
 
 
 def _checked(table: str, key: bytes, stored: bytes) -> bytes:

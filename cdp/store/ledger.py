@@ -8,8 +8,8 @@ from typing import Final
 
 import msgspec
 
+from cdp.store.amounts import Amounts
 from cdp.store.errors import BookmarkExists, UnknownBookmark
-from cdp.store.history import Reading
 from cdp.store.index import Index
 from cdp.store.machines import unknown_position
 from cdp.store.records import AuditEntry, Bookmark, Consistency, Cursor
@@ -64,7 +64,7 @@ class Table:
         return self.name.encode() + b"\0" + _name(key)
 
 
-class Ledger(Reading):
+class Ledger(Amounts):
     @property
     def takeovers(self) -> Table:
         return Table(self.index, "takeovers")

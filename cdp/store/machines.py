@@ -119,7 +119,7 @@ class Machines(Core):
                     txn.delete("segments", found)
                 changed = self.pool.removed(txn, counts)
                 more = len(rows) == _REMOVE_BATCH
-                for table in ("times", "cursors", "bookmarks", "generations", "bases"):
+                for table in ("times", "tallies", "cursors", "bookmarks", "generations", "bases"):
                     rows = list(islice(txn.scan(table, key, key), _REMOVE_BATCH))
                     for found, _ in rows:
                         txn.delete(table, found)
@@ -159,7 +159,7 @@ class Machines(Core):
                 state.generations[generation.number] = generation
                 state.tip, state.tip_entry = generation.genesis(machine), None
                 state.recovery_point = self.find_recovery_point(state)
-                state.lost_after = None
+                state.lost_after = state.first_point_ns = None
                 state.check()
             return state.tip
 

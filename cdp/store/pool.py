@@ -21,6 +21,10 @@ from cdp.store.record import TAG_BYTES
 from cdp.store.records import SegmentFile
 
 _SUFFIX: Final = ".seg"
+RESERVE_BYTES_MAX: Final = 1 << 30
+_RESERVE_SHARE: Final = 20
+"""A twentieth of the filesystem, at most 1 GiB, is never taken for segment files: folding needs room for what it adds
+to the base image, so that space can come back."""
 
 
 class Pool:
@@ -65,10 +69,30 @@ class Pool:
             self._next_number += 1
         size = max(self._file_bytes, size_bytes)
         try:
+            self._check_room(size)
             self._files.create(self.path(number), size)
         except OSError as error:
             raise _with_file(disk_error(error, "the next segment file"), size) from error
         return _handed_out(number, machine, size)
+
+    def room(self) -> tuple[int, int]:
+        """Bytes free on the store's filesystem, and those of them that are kept for folding."""
+        try:
+            free, total = self._files.room(self._directory)
+        except OSError as error:
+            raise disk_error(error, "the store") from error
+        return free, min(RESERVE_BYTES_MAX, total // _RESERVE_SHARE)
+
+    def _check_room(self, size_bytes: int) -> None:
+        free, reserve = self.room()
+        if free - size_bytes < reserve:
+            raise StoreFull(
+                f"The store's disk has {free >> 20} MiB left; the next segment file needs {size_bytes >> 20} MiB, and "
+                f"{reserve >> 20} MiB are kept for folding.",
+                remedy="Shorten the retention ('cdp retention set'), free space, or move the store to a larger disk.",
+                free_bytes=free,
+                reserve_bytes=reserve,
+            )
 
     def commit(self, txn: Writer, row: SegmentFile) -> None:
         txn.put_row("files", row.number.to_bytes(4, "big"), row)
@@ -107,10 +131,13 @@ class Pool:
         return [_spare(row) for row in left]
 
     def trim(self, index: Index) -> int:
-        """Delete spare files beyond the number that is kept; returns the bytes given back."""
+        """Delete spare files beyond the number that is kept, all of them when the disk is nearly full; returns the
+        bytes given back."""
+        free, reserve = self.room()
+        spares_max = self._spares_max if free >= reserve else 0
         with self._lock:
             spares = sorted((row for row in self._rows.values() if self._is_spare(row)), key=lambda row: row.number)
-            surplus = spares[self._spares_max :]
+            surplus = spares[spares_max:]
             self._claimed.update(row.number for row in surplus)
         if not surplus:
             return 0

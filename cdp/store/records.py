@@ -6,6 +6,7 @@ Keys sort in the order in which they are read: big-endian, machine first.
     names         name                                  machine
     generations   machine generation                    Generation
     segments      machine generation seq                header (256 bytes), where its record lies
+    tallies       machine generation bucket             sums of a bucket of consecutive segments (``tally``)
     times         machine sealed_at_ns generation seq   flags
     files         file number                           SegmentFile
     tails         machine                               Tail: up to where the file has been indexed
@@ -158,12 +159,18 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a machine's journal holds: bytes of segments, and of the files that they lie in."""
+    """What a machine's journal holds: segments, their records' bytes, and the bytes of the files that they lie in.
+    ``recoverable_from_ns``: the oldest recovery point. ``recent_bytes`` of records were stored in the last
+    ``recent_ns``, at most a day, the first seed left out: today's rate."""
 
+    segments: int
     segment_bytes: int
     file_bytes: int
     oldest_ns: int | None
     newest_ns: int | None
+    recoverable_from_ns: int | None = None
+    recent_bytes: int = 0
+    recent_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

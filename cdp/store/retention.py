@@ -23,6 +23,7 @@ from typing import Final
 
 import msgspec
 
+from cdp.store import tally
 from cdp.store.base import BATCH_CHUNKS, CHUNK_BYTES, BaseImage
 from cdp.store.files import remove_tree
 from cdp.store.imaging import Imaging
@@ -238,7 +239,7 @@ class Retention(Imaging):
                     islice(txn.scan("segments", start, generation_key(machine, span.generation)), _REMOVE_BATCH)
                 )
                 counts: dict[int, int] = {}
-                deleted = 0
+                gone: list[Entry] = []
                 for key, value in rows:
                     entry = Entry.unpack(value)
                     if entry.header.seq > span.last:
@@ -246,11 +247,12 @@ class Retention(Imaging):
                     txn.delete("segments", key)
                     txn.delete("times", time_key(machine, entry.header))
                     counts[entry.file] = counts.get(entry.file, 0) + 1
-                    deleted += 1
+                    gone.append(entry)
+                tally.removed(txn, machine, gone)
                 changed = self.pool.removed(txn, counts)
             for row in changed:
                 self.pool.committed(row)
-        return deleted
+        return len(gone)
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:

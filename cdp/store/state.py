@@ -39,6 +39,8 @@ class MachineState:
     end: int = 0
     file_segments: int = 0
     pending: dict[int, Entry] = field(default_factory=dict)
+    first_point_ns: int | None = None
+    """The oldest recovery point while there is no base image, once it has been looked up."""
     lost_after: Position | None = None
     """Set at start if acknowledged segments that followed it have rotted."""
 

@@ -1,7 +1,7 @@
 """The store as callers see it: ``Store.open`` and the layers that it is made of.
 
-``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Ledger`` ← ``Imaging`` ← ``Retention`` ← ``Store``: each layer
-uses only those before it.
+``Core`` ← ``Machines`` ← ``Ingest`` ← ``Reading`` ← ``Amounts`` ← ``Ledger`` ← ``Imaging`` ← ``Retention`` ← ``Store``:
+each layer uses only those before it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from types import TracebackType
 
 from cdp.store.core import FILE_BYTES, FLUSH_INTERVAL_S, MAP_BYTES, SPARES_MAX
 from cdp.store.files import Files, OsFiles
-from cdp.store.retention import Retention
+from cdp.store.prefill import Prefill
 from journal.errors import CdpError
 
 
-class Store(Retention):
+class Store(Prefill):
     @classmethod
     def open(
         cls,
@@ -55,6 +55,7 @@ class Store(Retention):
 
     def _after_open(self) -> None:
         """Finish what a crash interrupted."""
+        self.discard_prefills()
         for state in list(self._states.values()):
             machine = state.machine
             # What cannot be finished now must not keep the other machines from being served; whoever asks for it

@@ -34,6 +34,8 @@ class FaultyFiles:
         self.steps = 0
         self.fail_next: int | None = None
         """The errno that the next write or creation fails with."""
+        self.free_bytes: int | None = None
+        """What the filesystem says is free; None: the truth."""
 
     def cut_after(self, steps: int | None) -> None:
         """Cut the power at the ``steps``-th operation from now."""
@@ -134,6 +136,10 @@ class FaultyFiles:
             path.replace(_hidden(path))
             if path not in self._removed:
                 self._removed.append(path)
+
+    def room(self, path: Path) -> tuple[int, int]:
+        self._alive()
+        return self.free_bytes if self.free_bytes is not None else self._real.room(path)[0], self._real.room(path)[1]
 
     def _alive(self) -> None:
         if self._dead:
