@@ -122,7 +122,14 @@ def own_file() -> Path:
 
 
 def connect() -> Client:
-    """As the operator of $CDP_CREDENTIAL, of ``cdp login``, or of the server on this host. Raises ``LoginMissing``."""
+    """As the operator that ``find_credential`` finds. Raises ``LoginMissing``."""
+    _, held = find_credential()
+    return Client(held.server, held.ca_pem, wire.authorization(held.credential, held.secret))
+
+
+def find_credential() -> tuple[Path, OperatorFile]:
+    """Of $CDP_CREDENTIAL, of ``cdp login``, or of the server on this host; for $CDP_SERVER if that is set. Raises
+    ``LoginMissing``."""
     given = os.environ.get("CDP_CREDENTIAL")
     for path in [Path(given)] if given else [own_file(), SERVER_FILE]:
         try:
@@ -133,18 +140,16 @@ def connect() -> Client:
             raise LoginMissing(
                 f"{path} is not an operator's credential: {error}.", remedy="Log in again: 'cdp login'."
             ) from error
-        return Client(
-            os.environ.get("CDP_SERVER") or held.server, held.ca_pem, wire.authorization(held.credential, held.secret)
-        )
+        return path, msgspec.structs.replace(held, server=os.environ.get("CDP_SERVER") or held.server)
     raise LoginMissing(
         "You are not logged in to a server.",
         remedy="Run 'cdp login URL TOKEN' with a token from 'cdp operators token', or be root on the server's host.",
     )
 
 
-def name_in(path: str, name: str) -> str:
-    """``path`` with a machine's name or a takeover's id in it."""
-    return path.format(name=quote(name, safe=""), id=quote(name, safe=""))
+def name_in(path: str, name: str, id_: str | None = None) -> str:
+    """``path`` with a machine's name or a takeover's id in it, or with both."""
+    return path.format(name=quote(name, safe=""), id=quote(name if id_ is None else id_, safe=""))
 
 
 def _raise(status: int, content: bytes) -> None:

@@ -36,6 +36,12 @@ class RecoverFailed(CdpError):
     code = "recover-failed"
 
 
+class ExportFailed(CdpError):
+    """nbdkit is missing, could not start, or ended by itself."""
+
+    code = "export-failed"
+
+
 class PartMissing(CdpError):
     """This installation lacks the Python packages that the command needs."""
 

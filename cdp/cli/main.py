@@ -29,6 +29,7 @@ _MODULES: Final = {
     "agent": ("cdp.cli.agent", "agent", "Run the agent on a protected machine."),
     "audit": ("cdp.cli.machines", "audit", "Show who did what."),
     "commit": ("cdp.cli.takeover", "commit", "Make a takeover final."),
+    "export": ("cdp.cli.export", "export", "Serve a machine's disks as they were at any second, over NBD."),
     "join": ("cdp.cli.agent", "join", "Enrol this machine with a server."),
     "login": ("cdp.cli.login", "login", "Become an operator of a server."),
     "machines": ("cdp.cli.machines", "machines", "List, add and remove machines."),

@@ -199,12 +199,15 @@ class Api:
             at_ns = -1
         if at_ns is not None and not 0 <= at_ns < SECONDS_MAX * NS:
             raise BadRequest("The parameter 'at' is not a time in seconds.", remedy="Correct the request.")
-        return answer(await self._workers.read(self._point, await self._named(request), at_ns))
+        bookmark = query_text(request, "bookmark", "")
+        return answer(await self._workers.read(self._point, await self._named(request), at_ns, bookmark))
 
-    def _point(self, machine: uuid.UUID, at_ns: int | None) -> m.PointAnswer:
+    def _point(self, machine: uuid.UUID, at_ns: int | None, bookmark: str) -> m.PointAnswer:
         held = self._store.machine(machine)
         found: Position | None
-        if at_ns is None:
+        if bookmark:
+            found = Position.parse(self._store.bookmark(machine, bookmark).position)
+        elif at_ns is None:
             found = self._store.last_recovery_point(machine)
             if found is None:
                 found = self._store.position_at(machine, 2**63)  # raises, naming the nearest
@@ -214,7 +217,7 @@ class Api:
             machine=str(machine),
             name=held.name,
             position=str(found),
-            sealed_at_s=0.0 if found.is_genesis else self._store.header(machine, found).sealed_at_ns / NS,
+            sealed_at_s=self._store.sealed_at_ns(machine, found) / NS,
             disks=held.disks,
         )
 

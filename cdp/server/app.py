@@ -29,7 +29,9 @@ from cdp.server.api import Api, Parts
 from cdp.server.auth import Authenticator
 from cdp.server.config import Config
 from cdp.server.control import Hub, Slot
+from cdp.server.dedup import Prefills
 from cdp.server.errors import ListenFailed, StateDirectoryInvalid
+from cdp.server.exports import Exports
 from cdp.server.feed import Feed
 from cdp.server.ingest import Ingest
 from cdp.server.join import Joining, ensure_first_operator
@@ -39,6 +41,7 @@ from cdp.server.standbys import Standbys, Target
 from cdp.server.takeovers import Takeovers, phase_seconds
 from cdp.server.workers import ByteBudget, Changes, Workers
 from cdp.store import Store
+from cdp.store.dedup import Dedup
 from journal import wire
 from journal.errors import Forbidden
 from journal.wire import Hello
@@ -83,6 +86,7 @@ class Server:
             group.create_task(self.standbys.watch(), name="watch the hypervisors")
             group.create_task(self.takeovers.watch(), name="watch the rollback windows")
             group.create_task(self._renew_certificate(), name="renew the certificate")
+            group.create_task(self.exports.run(), name="end exports that nobody reads")
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self.config
@@ -105,6 +109,9 @@ class Server:
         )
         self.changes = Changes()
         self.counters = metrics.Counters()
+        read_budget = ByteBudget(config.limits.read_bytes_max)
+        dedup = await asyncio.to_thread(self._open_dedup)
+        self.prefills = Prefills(self.store, self.workers, read_budget, self.counters, dedup)
         self.takeovers = Takeovers(self.store, self.workers)
         self.hub = Hub(peers_max=config.limits.peers_max, on_hello=self._on_hello)
         self.standbys = Standbys(
@@ -118,13 +125,17 @@ class Server:
             busy=self.takeovers.check_idle,
         )
         self.machines = Machines(
-            self.store, self.hub, takeovers=self.takeovers, domain_state=self.standbys.domain_state
+            self.store,
+            self.hub,
+            takeovers=self.takeovers,
+            domain_state=self.standbys.domain_state,
+            prefill=self.prefills.state_of,
         )
         self.standbys.machines = self.takeovers.machines = self.machines
         calls = StoreCalls(self.store, self.workers, self.changes)
         controller = TakeoverController(calls, make_ports(self.hub, calls, self.standbys, self._deadlines))
         self.takeovers.controller = await stack.enter_async_context(controller)
-        await self._serve(stack)
+        await self._serve(stack, read_budget)
 
     def _open_directory(self) -> None:
         """The directory, the CA and the certificate."""
@@ -141,7 +152,16 @@ class Server:
             ) from error
         self._ssl = tls.server_context(self._certificate)
 
-    async def _serve(self, stack: AsyncExitStack) -> None:
+    def _open_dedup(self) -> Dedup | None:
+        """Hints beside the store: they are not part of what has to be kept."""
+        config = self.config.dedup
+        if not config.enabled:
+            return None
+        found = Dedup(self.store, self.directory / "chunks", bytes_per_s_max=config.index_mb_per_s_max * 1e6)
+        found.start()
+        return found
+
+    async def _serve(self, stack: AsyncExitStack, read_budget: ByteBudget) -> None:
         config, limits = self.config, self.config.limits
         app = web.Application(middlewares=[http.errors_as_answers])
         gate = http.Gate(app, self.auth)
@@ -153,7 +173,7 @@ class Server:
             url=config.public_url,
             token_lifetime_s=config.token_lifetime_s,
         )
-        ingest_budget, read_budget = ByteBudget(limits.ingest_bytes_max), ByteBudget(limits.read_bytes_max)
+        ingest_budget = ByteBudget(limits.ingest_bytes_max)
         feed = Feed(
             self.store, self.workers, self.changes, read_budget, self.machines, wait_s_max=limits.feed_wait_s_max
         )
@@ -165,6 +185,9 @@ class Server:
             self.counters,
             request_idle_s=limits.request_idle_s,
         )
+        self.exports = Exports(self.store, self.workers, read_budget)
+        await self.exports.start()
+        stack.push_async_callback(self.exports.close)
         parts = Parts(
             store=self.store,
             workers=self.workers,
@@ -179,6 +202,8 @@ class Server:
         self.joining.add_routes(gate)
         ingest.add_routes(gate)
         feed.add_routes(gate)
+        self.prefills.add_routes(gate)
+        self.exports.add_routes(gate)
         Api(parts, url=config.public_url, fingerprint=self.authority.fingerprint).add_routes(gate)
         self.takeovers.add_routes(gate)
         gate.add("GET", wire.CONTROL, self._control, "agent", "pe")

@@ -97,6 +97,20 @@ class ReplicaInUse(CdpError):
     http_status = 409
 
 
+class UnknownExport(CdpError):
+    """The image is not held: the export was ended, or nobody read it for too long."""
+
+    code = "unknown-export"
+    http_status = 404
+
+
+class ExportDiffers(CdpError):
+    """An export of that id exists at another position."""
+
+    code = "export-differs"
+    http_status = 409
+
+
 class TakeoverMissing(CdpError):
     """There is no such takeover."""
 

@@ -91,8 +91,12 @@ class ImageReader:
 
     def extents(self, disk: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, consecutive, alternating; a hole reads as zeros. Multiples of 512 only."""
+        return list(self.walk_extents(disk, offset, length))
+
+    def walk_extents(self, disk: int, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """As ``extents``, one by one: for ranges that may have millions."""
         self._check_range(disk, offset, length, SECTOR_BYTES)
-        return list(self._extents(disk, offset, length))
+        return self._extents(disk, offset, length)
 
     def data_extents(self, disk: int) -> Iterator[tuple[int, int]]:
         """``(offset, length)`` of everything on the disk that is not a hole, ascending."""

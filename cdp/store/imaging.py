@@ -99,6 +99,18 @@ class Imaging(Ledger):
             if not pins[position]:
                 del pins[position]
 
+    def sealed_at_ns(self, machine: uuid.UUID, position: Position) -> int:
+        """When the image at ``position`` was the present: 0 for all-zero disks. Raises ``UnknownPosition``."""
+        state = self.state(machine)
+        with state.lock:
+            base = state.base
+            parent = state.generations[position.generation].parent_position if position.is_genesis else None
+        if base is not None and base.target_position == position:
+            return base.sealed_at_ns
+        if position.is_genesis:
+            return 0 if parent is None else self.sealed_at_ns(machine, parent)
+        return self.header(machine, position).sealed_at_ns
+
     def set_base(self, state: MachineState, base: Base) -> Position | None:
         """Offer nothing older than ``base.target`` any more, unless somebody reads there: then that position."""
         with self._imaging_lock, state.lock:
