@@ -1,12 +1,12 @@
 """The base image of one machine: each disk as it was at the oldest recovery point, as a sparse raw file.
 
-Beside each image lies a file of sums, 16 bytes for each 64 KiB chunk: two u64, what the chunk hashed to before the
-last fold that changed it, and after. A chunk is good if it matches either. A fold writes and syncs the sums of a batch
-before the batch itself:
+Beside each image lies a file of slots, 32 bytes for each 64 KiB chunk: what the chunk hashed to before the last fold
+that changed it, and after, and a check of the two (``slots``). A chunk is good if it matches either. A fold writes and
+syncs the slots of a batch before the batch itself:
 
     crash here                     after the restart, before anything is read, the fold is done again:
     ────────────────────────────   ──────────────────────────────────────────────────────────────────────────────────
-    sums written                   chunks match their first sum
+    slots written                  chunks match their first sum
     chunks partly written          a torn chunk matches neither; with the folded writes laid over it once more it must
                                    match the second sum, for all else in it is unchanged
     chunks written, not committed  chunks match their second sum; folding again changes nothing
@@ -26,13 +26,14 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from cdp.store import slots as slots_
 from cdp.store.errors import StoredDamage
 from cdp.store.files import Buffer, Files, opened
+from cdp.store.slots import SLOT_BYTES
 
 CHUNK_BYTES: Final = 64 << 10
 BATCH_CHUNKS: Final = 256
 """16 MiB: what a fold holds in memory, and how long it keeps readers of the base image waiting."""
-_SLOT_BYTES: Final = 16
 _SLOTS_READ: Final = 1 << 16
 
 
@@ -43,11 +44,12 @@ class BaseImage:
         self._files = files
         self._directory = directory
         self._lock = threading.Lock()
+        slots_.convert(files, directory)
 
     def prepare(self, disk: int, size_bytes: int) -> None:
         """Make the disk's files, or let them grow with the disk."""
         chunks = -(-size_bytes // CHUNK_BYTES)
-        for path, size in ((self._image(disk), chunks * CHUNK_BYTES), (self._sums(disk), chunks * _SLOT_BYTES)):
+        for path, size in ((self._image(disk), chunks * CHUNK_BYTES), (self._slots(disk), chunks * SLOT_BYTES)):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not path.exists() or path.stat().st_size < size:
                 self._files.create_sparse(path, size)
@@ -66,15 +68,20 @@ class BaseImage:
         """Fill ``out``, which is all zeros. Every chunk is checked: raises ``StoredDamage``; and ``OSError``."""
         if not self.has(disk):
             return
-        with self._lock, opened(self._files, self._image(disk)) as image, opened(self._files, self._sums(disk)) as sums:
+        first = offset // CHUNK_BYTES
+        count = -(-(offset + len(out)) // CHUNK_BYTES) - first
+        with (
+            self._lock,
+            opened(self._files, self._image(disk)) as image,
+            opened(self._files, self._slots(disk)) as table,
+        ):
             done = 0
-            while done < len(out):
-                number, skip = divmod(offset + done, CHUNK_BYTES)
+            for number, slot in enumerate(self._read_slots(disk, table, first, count).tolist(), first):
+                skip = offset + done - number * CHUNK_BYTES
                 take = min(CHUNK_BYTES - skip, len(out) - done)
-                slots = self._read_slots(sums, number, 1)
-                if slots.any():
+                if any(slot):
                     chunk = self._files.read(image, CHUNK_BYTES, number * CHUNK_BYTES)
-                    if chunk_sum(chunk) not in slots[0]:
+                    if chunk_sum(chunk) not in slot:
                         raise self._damaged(disk, number)
                     out[done : done + take] = memoryview(chunk)[skip : skip + take]
                 done += take
@@ -88,8 +95,8 @@ class BaseImage:
         while at < stop:
             first = at // CHUNK_BYTES
             count = min(_SLOTS_READ, -(-stop // CHUNK_BYTES) - first)
-            with self._lock, opened(self._files, self._sums(disk)) as sums:
-                slots = self._read_slots(sums, first, count)
+            with self._lock, opened(self._files, self._slots(disk)) as table:
+                slots = self._read_slots(disk, table, first, count)
             is_data = (slots[:, 0] | slots[:, 1]) != 0
             edges = [0, *(np.flatnonzero(np.diff(is_data)) + 1).tolist(), count]
             for begin, end in itertools.pairwise(edges):
@@ -105,9 +112,10 @@ class BaseImage:
         with (
             self._lock,
             opened(self._files, self._image(disk), write=True) as image,
-            opened(self._files, self._sums(disk), write=True) as sums,
+            opened(self._files, self._slots(disk), write=True) as table,
         ):
-            slots = [self._read_slots(sums, number, 1)[0].tolist() for number in numbers]
+            whole = _covered(rows, numbers)
+            slots = [self._slot_to_fold(disk, table, number, number in whole) for number in numbers]
             chunks = {
                 number: bytearray(
                     self._files.read(image, CHUNK_BYTES, number * CHUNK_BYTES) if any(slot) else CHUNK_BYTES
@@ -120,13 +128,14 @@ class BaseImage:
             changed: list[int] = []
             for number, (first, second) in zip(numbers, slots, strict=True):
                 old, new = before[number], chunk_sum(chunks[number])
-                if old not in (first, second) and new != second:
+                # What rotted does not matter where all of it is written anew: that is how a resync repairs it.
+                if old not in (first, second) and new != second and number not in whole:
                     raise self._damaged(disk, number)
-                if old != new:
+                if old != new or number in whole:
                     known = old if old in (first, second) else first
-                    self._files.write(sums, [np.array([known, new], np.uint64).tobytes()], number * _SLOT_BYTES)
+                    self._files.write(table, [slots_.pack(number, known, new)], number * SLOT_BYTES)
                     changed.append(number)
-            self._files.sync(sums)
+            self._files.sync(table)
             for number in changed:
                 if chunk_sum(chunks[number]):
                     self._files.write(image, [chunks[number]], number * CHUNK_BYTES)
@@ -137,35 +146,49 @@ class BaseImage:
         with opened(self._files, self._image(disk), write=True) as image:
             self._files.sync(image)
 
-    def verify(self, disk: int) -> Iterator[tuple[int, StoredDamage | None]]:
-        """Read everything, a batch at a time: bytes checked, and what is damaged among them (the first of it)."""
+    def verify(self, disk: int) -> Iterator[tuple[int, list[StoredDamage]]]:
+        """Read everything, a batch at a time: bytes checked, and the damaged chunks among them."""
         chunks = self._image(disk).stat().st_size // CHUNK_BYTES
         for first in range(0, chunks, BATCH_CHUNKS):
             count = min(BATCH_CHUNKS, chunks - first)
             with (
                 self._lock,
                 opened(self._files, self._image(disk)) as image,
-                opened(self._files, self._sums(disk)) as sums,
+                opened(self._files, self._slots(disk)) as table,
             ):
-                slots = self._read_slots(sums, first, count).tolist()
+                sums, good = slots_.unpack(self._raw_slots(table, first, count), first)
                 data = memoryview(self._files.read(image, count * CHUNK_BYTES, first * CHUNK_BYTES))
             bad = [
                 first + index
-                for index, slot in enumerate(slots)
-                if chunk_sum(data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]) not in slot
+                for index, slot in enumerate(sums.tolist())
+                if not good[index] or chunk_sum(data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]) not in slot
             ]
-            yield len(data), self._damaged(disk, bad[0]) if bad else None
+            yield len(data), [self._damaged(disk, number) for number in bad]
 
-    def _read_slots(self, sums: int, first: int, count: int) -> npt.NDArray[np.uint64]:
-        raw = self._files.read(sums, count * _SLOT_BYTES, first * _SLOT_BYTES)
+    def _read_slots(self, disk: int, table: int, first: int, count: int) -> npt.NDArray[np.uint64]:
+        """``(count, 2)``. Raises ``StoredDamage``."""
+        sums, good = slots_.unpack(self._raw_slots(table, first, count), first)
+        if not good.all():
+            raise self._damaged(disk, first + int(np.argmin(good)))
+        return sums
+
+    def _slot_to_fold(self, disk: int, table: int, number: int, whole: bool) -> list[int]:
+        sums, good = slots_.unpack(self._raw_slots(table, number, 1), number)
+        if not good[0] and not whole:
+            raise self._damaged(disk, number)
+        slot: list[int] = sums[0].tolist()
+        return slot
+
+    def _raw_slots(self, table: int, first: int, count: int) -> bytes:
+        raw = self._files.read(table, count * SLOT_BYTES, first * SLOT_BYTES)
         # Beyond the end of the file: the disk has grown since the last fold.
-        return np.frombuffer(raw + bytes(count * _SLOT_BYTES - len(raw)), np.uint64).reshape(count, 2)
+        return raw + bytes(count * SLOT_BYTES - len(raw))
 
     def _image(self, disk: int) -> Path:
         return self._directory / f"{disk}.img"
 
-    def _sums(self, disk: int) -> Path:
-        return self._directory / f"{disk}.sums"
+    def _slots(self, disk: int) -> Path:
+        return self._directory / f"{disk}{slots_.SUFFIX}"
 
     def _damaged(self, disk: int, number: int) -> StoredDamage:
         return StoredDamage(
@@ -191,3 +214,13 @@ def _lay_over(chunks: dict[int, bytearray], at: int, size: int, content: memoryv
         take = min(CHUNK_BYTES - skip, size - done)
         chunks[number][skip : skip + take] = bytes(take) if content is None else content[done : done + take]
         done += take
+
+
+def _covered(rows: list[tuple[int, int, memoryview | None]], numbers: list[int]) -> set[int]:
+    """The chunks that ``rows``, which are disjoint, cover as a whole."""
+    left = dict.fromkeys(numbers, CHUNK_BYTES)
+    for at, size, _ in rows:
+        for number in range(at // CHUNK_BYTES, -(-(at + size) // CHUNK_BYTES)):
+            start, stop = number * CHUNK_BYTES, (number + 1) * CHUNK_BYTES
+            left[number] -= min(stop, at + size) - max(start, at)
+    return {number for number, missing in left.items() if missing == 0}

@@ -122,10 +122,10 @@ class Verifier:
             return True
         image = self._store.base(self._state.machine.uuid, base.root)
         for disk in image.disks():
-            for checked, damage in image.verify(disk):
+            for checked, damages in image.verify(disk):
                 self._base_bytes += checked
                 self._read_bytes += checked
-                if damage is not None:
+                for damage in damages:
                     self._add(damage, None)
                 if self._pause():
                     return False
