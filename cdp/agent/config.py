@@ -30,8 +30,8 @@ class CaptureConfig(_Section):
     ring_bytes: int = 16 << 20
     """Kernel memory between the block layer and the drainer. 16 MiB lost nothing at 400 MB/s; 64 MiB for bursts."""
     raw_spool_bytes: int | None = None
-    """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory. Default:
-    128 MiB, but at most a sixteenth of the memory."""
+    """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory and
+    takes memory only while a burst lasts. Default: 512 MiB, but at most a sixteenth of the memory."""
     pin_dir: Path = Path("/sys/fs/bpf/cdp")
     """Where programs and maps are pinned, so that capture outlives the agent's processes."""
 
@@ -68,6 +68,23 @@ class QuiesceConfig(_Section):
     """Mode ``hooks``: the command that undoes it."""
 
 
+class BookmarkConfig(_Section):
+    """How *this* machine is held still for an application-consistent bookmark; see ``guardian.py``. The server asks for
+    it, and names no command."""
+
+    hooks: list[str] = []
+    """Run in this order. "postgresql" and "mariadb" are shipped; a file of that name in ``hook_dir`` goes first."""
+    hook_dir: Path = Path("/etc/cdp/hooks")
+    environment: dict[str, str] = {}
+    """For the hooks: where the database listens, which account to use; each hook says at its top what it reads."""
+    freeze: list[Path] | None = None
+    """Mount points to freeze after the hooks. Default: all writable file systems of the protected disks."""
+    prepare_s: float = 60.0
+    """For the hooks to get ready (checkpoints), while everybody works; and for writing back what is in the cache."""
+    freeze_s: float = 10.0
+    """How long anybody may be kept waiting, from the first hook's freeze to the thaw. One tenth of it is usual."""
+
+
 class MetricsConfig(_Section):
     host: str = "127.0.0.1"
     """The metrics page asks for no credential: keep it on loopback."""
@@ -92,6 +109,7 @@ class AgentConfig(_Section):
     spool: SpoolConfig = msgspec.field(default_factory=SpoolConfig)
     copy: CopyConfig = msgspec.field(default_factory=CopyConfig)
     quiesce: QuiesceConfig = msgspec.field(default_factory=QuiesceConfig)
+    bookmark: BookmarkConfig = msgspec.field(default_factory=BookmarkConfig)
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
@@ -103,6 +121,9 @@ class AgentConfig(_Section):
             ("spool.bytes", _below(self.spool.bytes), "must be at least 32 MiB: a segment may have 21"),
             ("capture.raw_spool_bytes", _below(self.capture.raw_spool_bytes), "must be at least 32 MiB"),
             ("copy.mb_per_s_max", self.copy.mb_per_s_max < 0, "must not be negative"),
+            ("bookmark.hooks", _odd_names(self.bookmark.hooks), "must be file names, each once"),
+            ("bookmark.prepare_s", not 1 <= self.bookmark.prepare_s <= 3600, "must be between 1 and 3600"),
+            ("bookmark.freeze_s", not 0.5 <= self.bookmark.freeze_s <= 60, "must be between 0.5 and 60"),
             ("metrics.port", not 0 <= self.metrics.port <= 65535, "is not a port"),
         ):
             if wrong:
@@ -119,6 +140,10 @@ class AgentConfig(_Section):
 
 def _below(value: int | None) -> bool:
     return value is not None and value < SPOOL_BYTES_MIN
+
+
+def _odd_names(names: list[str]) -> bool:
+    return len(set(names)) != len(names) or any(not name or name.startswith(".") or "/" in name for name in names)
 
 
 def load(path: Path = DEFAULT_PATH) -> AgentConfig:
@@ -163,7 +188,7 @@ disks = [{listed}]
 
 [capture]
 # ring_bytes = 16777216          # kernel memory; 67108864 for machines with long bursts
-# raw_spool_bytes = 134217728    # default: at most a sixteenth of the memory
+# raw_spool_bytes = 536870912    # taken only in a burst; default: at most a sixteenth of the memory
 # pin_dir = "/sys/fs/bpf/cdp"
 
 [spool]
@@ -179,6 +204,14 @@ disks = [{listed}]
 # freeze = ["/"]
 # before = []                    # mode "hooks": the command that quiesces …
 # after = []                     # … and the one that undoes it
+
+[bookmark]
+# hooks = []                     # of application-consistent bookmarks: "postgresql", "mariadb", or yours in hook_dir
+# hook_dir = "/etc/cdp/hooks"
+# environment = {{}}               # for the hooks, such as {{ PGPORT = "5433" }}
+# freeze = ["/", "/srv"]         # default: every writable file system of the protected disks
+# prepare_s = 60
+# freeze_s = 10                  # nobody waits for longer than this
 
 [metrics]
 # host = "127.0.0.1"

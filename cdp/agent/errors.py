@@ -90,6 +90,21 @@ class HookFailed(CdpError):
     code = "hook-failed"
 
 
+class NothingToFreeze(CdpError):
+    """An application-consistent bookmark was asked for, but the machine has neither hooks nor file systems for it."""
+
+    code = "nothing-to-freeze"
+    http_status = 409
+
+
+class TakeoverUnderWay(CdpError):
+    """The machine is quiesced for a takeover."""
+
+    code = "takeover-under-way"
+    transient = True
+    http_status = 409
+
+
 class UnknownVerb(CdpError):
     """The server asked for something that this agent does not know, or with arguments that it cannot read."""
 

@@ -34,6 +34,7 @@ from cdp.agent.control import Control
 from cdp.agent.dirty import Geometry
 from cdp.agent.drainer import Drainer
 from cdp.agent.fence import Fencer
+from cdp.agent.freezing import Freezer
 from cdp.agent.pipeline import Pipeline
 from cdp.agent.push import BACKOFF_S, Pusher
 from cdp.agent.quiesce import Quiescer
@@ -166,6 +167,7 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
         quiescer=Quiescer(config.quiesce, config.runtime_dir),
         client=client,
         status=status,
+        freezer=Freezer(config.bookmark, config.runtime_dir, {(d.major, d.minor) for d in session.devices}),
     )
     pusher = Pusher(
         spool,
@@ -177,7 +179,7 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
         addresses=orders.told_addresses,
         news=news,
     )
-    orders.pusher = pusher
+    orders.connect(pusher)
     hello = Hello(role="agent", version=VERSION, boot_id=status.boot_id, disks=_disk_infos(session))
     control = Control(
         client, orders.verbs(), hello=lambda: hello, report=status.report, trouble=lambda error: _note(status, error)

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from cdp.agent import fsfreeze
 from cdp.agent.config import QuiesceConfig
 from cdp.agent.errors import HookFailed
 from cdp.agent.state import Mode, write_file
@@ -31,8 +31,6 @@ from cdp.agent.state import Mode, write_file
 UNDO_S: Final = 60.0
 """For a service to start; it is not waited for any longer."""
 OUTPUT_CHARS_MAX: Final = 400
-_FIFREEZE: Final = 0xC0045877
-_FITHAW: Final = 0xC0045878
 
 
 class Quiesced(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -166,25 +164,23 @@ def _hook_failed(argv: list[str], why: str) -> HookFailed:
 
 
 def _freeze(mount: Path) -> None:
-    # EBUSY: frozen already.
-    _ioctl(mount, _FIFREEZE, errno.EBUSY)
+    _change(mount, fsfreeze.freeze)
 
 
 def _thaw(mount: Path) -> None:
-    # EINVAL: not frozen.
-    _ioctl(mount, _FITHAW, errno.EINVAL)
+    _change(mount, fsfreeze.thaw)
 
 
-def _ioctl(mount: Path, request: int, done_already: int) -> None:
-    fd = os.open(mount, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _change(mount: Path, how: Callable[[int], bool]) -> None:
     try:
-        fcntl.ioctl(fd, request, 0)
+        fd = fsfreeze.opened(mount)
+        try:
+            how(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
-        if error.errno != done_already:
-            raise HookFailed(
-                f"{mount} cannot be frozen or thawed: {error.strerror}.",
-                remedy="[quiesce] freeze must name mount points of file systems that support it.",
-                mount=str(mount),
-            ) from error
-    finally:
-        os.close(fd)
+        raise HookFailed(
+            f"{mount} cannot be frozen or thawed: {error.strerror}.",
+            remedy="[quiesce] freeze must name mount points of file systems that support it.",
+            mount=str(mount),
+        ) from error

@@ -8,8 +8,9 @@
     unfence   addresses on, services started, history goes on               nothing to do
     resync    compares everything with the server                           another comparison
     address   adds service addresses                                        nothing to do
+    bookmark  a recovery point now, application-consistent if asked for     another one
 
-All orders take one lock: they change the same things.
+All orders take one lock: they change the same things. A bookmark takes it only while the machine is held still.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
+from cdp.agent.bookmarks import BookmarkArgs, Bookmarks
 from cdp.agent.client import Client
 from cdp.agent.errors import NotFencedHere, UnknownVerb
 from cdp.agent.fence import Fencer, add_addresses, announce_addresses, load_netlink
+from cdp.agent.freezing import Freezer
 from cdp.agent.pipeline import Pipeline
 from cdp.agent.push import Pusher
 from cdp.agent.quiesce import Quiescer
@@ -82,7 +85,7 @@ class NoArgs(_Args):
 
 
 class Orders:
-    """``pusher`` is set right after construction: the two know each other."""
+    """``connect`` gives it the pusher right after construction: the two know each other."""
 
     pusher: Pusher
 
@@ -95,6 +98,7 @@ class Orders:
         quiescer: Quiescer,
         client: Client,
         status: Status,
+        freezer: Freezer,
     ) -> None:
         self._state = state
         self._pipeline = pipeline
@@ -103,9 +107,13 @@ class Orders:
         self._client = client
         self._status = status
         self._lock = asyncio.Lock()
+        self.bookmarks = Bookmarks(pipeline, freezer, status, self._lock)
         self._last_fork: float | None = None
         self._background: set[asyncio.Task[None]] = set()
         status.quiesced = quiescer.noted is not None
+
+    def connect(self, pusher: Pusher) -> None:
+        self.pusher = self.bookmarks.pusher = pusher
 
     def verbs(self) -> dict[str, Verb]:
         return {
@@ -116,14 +124,19 @@ class Orders:
             "unfence": self._order(UnfenceArgs, self._unfence),
             "resync": self._order(ResyncArgs, self._resync),
             "address": self._order(AddressArgs, self._address),
+            "bookmark": self._order(BookmarkArgs, self.bookmarks.add, alone=False),
         }
 
-    def _order(self, kind: type[_ArgsT], act: Callable[[_ArgsT], Awaitable[dict[str, Any]]]) -> Verb:
+    def _order(
+        self, kind: type[_ArgsT], act: Callable[[_ArgsT], Awaitable[dict[str, Any]]], *, alone: bool = True
+    ) -> Verb:
         async def obey(raw: dict[str, Any]) -> dict[str, Any]:
             try:
                 args = msgspec.convert(raw, kind)
             except msgspec.ValidationError as error:
                 raise UnknownVerb(f"The arguments make no sense: {error}.", remedy="Upgrade the older side.") from error
+            if not alone:
+                return await act(args)
             async with self._lock:
                 return await act(args)
 
@@ -261,6 +274,11 @@ class Orders:
                         self._status.works("quiesce")
                     except CdpError as error:
                         self._status.failed("quiesce", error)
+            try:
+                await self.bookmarks.enforce()
+                self._status.works("bookmark")
+            except CdpError as error:
+                self._status.failed("bookmark", error)
             # Not in the middle of an unfence: it puts the addresses back before it deletes the note of the fence.
             async with self._lock:
                 if self._fencer.fence is not None:
@@ -272,7 +290,8 @@ class Orders:
             await asyncio.sleep(ENFORCE_S)
 
     async def enforce_at_start(self) -> None:
-        """Before anything else: a fence outlives the agent and the boot."""
+        """Before anything else: a fence outlives the agent and the boot, and nothing may stay frozen."""
+        await self.bookmarks.enforce()
         if self._fencer.fence is not None:
             self._status.fenced = True
             self.pusher.paused = True
