@@ -1,7 +1,7 @@
 """What every part of the store stands on: the lock, the index, the segment files and the state of each machine.
 
 The index is committed some time after the acknowledgement; what it does not know yet is found by ``scan``.
-Order of locks: a machine's ``writing``, then the index, then the table of machines or a machine's ``lock``.
+Order of locks: a machine's ``folding``, its ``writing``, then the index, then the table of machines or a machine's ``lock``.
 """
 
 from __future__ import annotations

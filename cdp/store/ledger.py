@@ -94,10 +94,11 @@ class Ledger(Amounts):
     def set_cursor(self, machine: uuid.UUID, consumer: str, position: Position) -> None:
         """Durable on return. Raises ``UnknownPosition`` for one that is not stored."""
         state = self.state(machine)
-        if not self.is_stored(state, position):
-            raise unknown_position(machine, position)
         row = Cursor(consumer=consumer, position=str(position), set_at_ns=self.clock_ns())
         with self.index.write() as txn:
+            # Inside: retention either sees the cursor, or has gone past it already.
+            if not self.is_stored(state, position):
+                raise unknown_position(machine, position)
             txn.put_row("cursors", machine.bytes + _name(consumer), row)
 
     def cursor(self, machine: uuid.UUID, consumer: str) -> Position | None:

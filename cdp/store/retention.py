@@ -14,52 +14,42 @@ segments wherever the fold writes.
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from cdp.store import tally
 from cdp.store.base import BATCH_CHUNKS, CHUNK_BYTES, BaseImage
+from cdp.store.errors import StoreFull
 from cdp.store.files import remove_tree
+from cdp.store.horizon import NOTHING, Held, Retained, Step, held_back, holds_of, leads_to, walk
 from cdp.store.imaging import Imaging
-from cdp.store.index import disk_error
-from cdp.store.records import Base, Cursor, Entry, Span, generation_key, segment_key, time_key
-from cdp.store.resolve import BASE
+from cdp.store.index import Reader, disk_error
+from cdp.store.records import Base, Bookmark, Cursor, Entry, Span, generation_key, segment_key, time_key
+from cdp.store.resolve import BASE, Pieces
 from cdp.store.state import MachineState
 from journal.extent import Kind
 from journal.position import Position
 
-STEP_SEGMENTS_MAX: Final = 3600
-STEP_BYTES_MAX: Final = 1 << 30
-"""One fold: bounds what a start after a crash has to do again."""
-_REMOVE_BATCH: Final = 1024
+_REMOVE_BATCH: Final = 256
 """Rows per commit: how long the removal keeps ingest waiting."""
 
-
+Pause = Callable[[float], bool]
+"""Called between two batches of a fold with the seconds that the last one took. It may wait, so that others get the
+disk; True: end here, the next call goes on."""
 _Row = tuple[int, int, int, int, int, int]
 """Offset, length, kind, generation, seq, payload offset."""
 
 
-class Retained(msgspec.Struct, frozen=True, kw_only=True):
-    """``held_by``: the consumer or reader without which more would have been folded. ``more``: call again."""
-
-    folded_to: str | None
-    segments: int
-    freed_bytes: int
-    held_by: str | None
-    more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    target: Entry | None
-    held_by: str | None
-    more: bool
+class _Paused(Exception):
+    """``Pause`` said to end."""
 
 
 class Retention(Imaging):
@@ -70,43 +60,53 @@ class Retention(Imaging):
         keep_ns: int | None = None,
         keep_bytes: int | None = None,
         now_ns: int | None = None,
-        ignore_cursors: bool = False,
-        stop: Callable[[], bool] = lambda: False,
+        past: Collection[str] = (),
+        pause: Pause = lambda _: False,
     ) -> Retained:
         """Fold one step of what is older than ``keep_ns`` before ``now_ns`` (default: the clock), and of what goes
         beyond ``keep_bytes`` of segment files. None: no such limit.
 
-        Never past the cursor of a consumer on the live history unless ``ignore_cursors``, never past an open reader.
-        One call per machine at a time. Raises ``StoreFull``, ``StoreFailed``, ``StoredDamage``; nothing is lost then,
+        Never past a held bookmark or an open reader, nor past the cursor of a consumer on the live history, unless the
+        consumer is named in ``past``. Raises ``StoreFull``, ``StoreFailed``, ``StoredDamage``; nothing is lost then,
         and the next call goes on.
         """
         state = self.state(machine)
-        self.finish_fold(state)
-        before = self.pool.bytes_of(machine)
-        oldest_ns = (self.clock_ns() if now_ns is None else now_ns) - keep_ns if keep_ns is not None else None
-        plan = self._plan(state, oldest_ns, 0 if keep_bytes is None else max(0, before - keep_bytes), ignore_cursors)
-        if plan.target is None or stop():
-            return Retained(folded_to=None, segments=0, freed_bytes=0, held_by=plan.held_by, more=False)
-        held_by = self._aim(state, plan.target)
-        if held_by is not None:
-            return Retained(folded_to=None, segments=0, freed_bytes=0, held_by=held_by, more=False)
-        segments = self.finish_fold(state)
-        return Retained(
-            folded_to=str(plan.target.header.position),
-            segments=segments,
-            freed_bytes=before - self.pool.bytes_of(machine),
-            held_by=plan.held_by,
-            more=plan.more,
-        )
+        with state.folding:
+            try:
+                self._finish_fold(state, pause)
+                before = self.pool.bytes_of(machine)
+                oldest_ns = (self.clock_ns() if now_ns is None else now_ns) - keep_ns if keep_ns is not None else None
+                excess_bytes = 0 if keep_bytes is None else max(0, before - keep_bytes)
+                step = self._step(state, oldest_ns, excess_bytes, past)
+                if not step.points or pause(0.0):
+                    return msgspec.structs.replace(NOTHING, held_by=step.held_by)
+                target, fits = self._that_fits(state, step)
+                held = self._aim(state, target, past)
+                if held is not None:
+                    return msgspec.structs.replace(NOTHING, held_by=held)
+                segments = self._finish_fold(state, pause)
+            except _Paused:
+                return msgspec.structs.replace(NOTHING, more=True)
+            return Retained(
+                folded_to=str(target.header.position),
+                segments=segments,
+                freed_bytes=before - self.pool.bytes_of(machine),
+                held_by=step.held_by,
+                more=step.more or not fits,
+            )
 
     def finish_fold(self, state: MachineState) -> int:
         """Do what is left of the last fold; returns how many segments were removed."""
+        with state.folding:
+            return self._finish_fold(state, lambda _: False)
+
+    def _finish_fold(self, state: MachineState, pause: Pause) -> int:
         base = state.base
         if base is None:
             return 0
         if base.folded != base.target:
             try:
-                self._fold(state, base)
+                self._fold(state, base, pause)
             except OSError as error:
                 raise disk_error(error, "the base image") from error
             done = msgspec.structs.replace(base, folded=base.target)
@@ -116,41 +116,74 @@ class Retention(Imaging):
                 state.base = done
         return self._remove(state)
 
-    def _plan(self, state: MachineState, oldest_ns: int | None, excess_bytes: int, ignore_cursors: bool) -> _Plan:
-        """Walk from the oldest stored segment as far as retention wants and one step allows."""
+    def _step(self, state: MachineState, oldest_ns: int | None, excess_bytes: int, past: Collection[str]) -> Step:
         with state.lock:
             spans = state.held(state.timeline())
-        points: list[Entry] = []
-        walked_bytes = 0
-        more = False
         with closing(self._entries(state, spans, self._pending(state))) as entries:
-            for number, entry in enumerate(entries):
-                expired = oldest_ns is not None and entry.header.sealed_at_ns <= oldest_ns
-                if not expired and walked_bytes >= excess_bytes:
-                    break
-                if points and (number >= STEP_SEGMENTS_MAX or walked_bytes >= STEP_BYTES_MAX):
-                    more = True
-                    break
-                walked_bytes += entry.record_bytes
-                if entry.header.is_recovery_point:
-                    points.append(entry)
-        if ignore_cursors or not points:
-            return _Plan(points[-1] if points else None, None, more)
+            step = walk(entries, oldest_ns, excess_bytes)
+        if not step.points:
+            return step
         with self.index.read() as txn:
-            cursors = list(txn.rows("cursors", state.machine.uuid.bytes, Cursor))
-        live = [cursor for cursor in cursors if self.contains(state.machine.uuid, Position.parse(cursor.position))]
-        held_by: str | None = None
-        while points:
-            target = points[-1].header.position
-            blocking = [c for c in live if not _leads_to(state, target, Position.parse(c.position))]
-            if not blocking:
-                return _Plan(points[-1], held_by, more and held_by is None)
-            held_by = blocking[0].consumer
-            points.pop()
-        return _Plan(None, held_by, False)
+            return held_back(step, state, self._holds(txn, state, past))
 
-    def _aim(self, state: MachineState, target: Entry) -> str | None:
-        """Commit that the base image goes to ``target``. Returns who reads an older position, if anybody does."""
+    def _holds(self, txn: Reader, state: MachineState, past: Collection[str]) -> list[Held]:
+        machine = state.machine.uuid
+        cursors = [row for row in txn.rows("cursors", machine.bytes, Cursor) if row.consumer not in past]
+        cursors = [row for row in cursors if self.contains(machine, Position.parse(row.position))]
+        return holds_of(cursors, txn.rows("bookmarks", machine.bytes, Bookmark))
+
+    def _that_fits(self, state: MachineState, step: Step) -> tuple[Entry, bool]:
+        """The furthest of the step's points for which the disk has room, and whether that is the last one. Raises
+        ``StoreFull``."""
+        free, reserve = self.pool.room()
+        room = free - reserve // 4  # the index and the runs grow as well
+        points = step.points
+        growth = 0
+        while points:
+            # Looking is dear, and most of the time there is room for all.
+            growth = step.growth_bytes_max
+            if growth > room:
+                growth = self._growth_bytes(state, points[-1].header.position)
+            if growth <= room:
+                return points[-1], points[-1] is step.points[-1]
+            points = points[: len(points) // 2]
+        raise StoreFull(
+            f"Folding the oldest seconds of the journal adds {growth >> 20} MiB to the base image; the disk has "
+            f"{max(0, room) >> 20} MiB for that.",
+            remedy="Free space on the store's filesystem, or move the store to a larger disk.",
+            growth_bytes=growth,
+            room_bytes=room,
+        )
+
+    def _growth_bytes(self, state: MachineState, target: Position) -> int:
+        """What the files of the base image grow by when it is folded to ``target``."""
+        machine = state.machine.uuid
+        image = self.base(machine, state.root(target))
+        with state.lock:
+            spans = state.unfolded(state.lineage(target))
+        versions = self.versions(machine)
+        versions.catch_up(spans)
+        chunks = 0
+        for disk in self.machine(machine).disks:
+            holes = [
+                (offset, offset + length)
+                for offset, length, is_hole in image.extents(disk.index, 0, disk.size_bytes)
+                if is_hole
+            ]
+            bounds = -(-np.array(holes, np.int64).reshape(-1, 2) // CHUNK_BYTES)
+            last = -1
+            for pieces in versions.pieces(spans, disk.index, 0, disk.size_bytes):
+                numbers = _chunks_of(pieces)
+                numbers = numbers[numbers > last]  # windows may meet inside a chunk
+                if len(numbers) and len(bounds):
+                    last = int(numbers[-1])
+                    hole = np.searchsorted(bounds[:, 0], numbers, "right") - 1
+                    chunks += int(((hole >= 0) & (numbers < bounds[hole, 1])).sum())
+        return chunks * CHUNK_BYTES
+
+    def _aim(self, state: MachineState, target: Entry, past: Collection[str]) -> Held | None:
+        """Commit that the base image goes to ``target``. Returns who has come to need an older position since the step
+        was planned, if anybody has."""
         position = target.header.position
         with state.writing:
             self.flush()
@@ -162,19 +195,24 @@ class Retention(Imaging):
                 sealed_at_ns=target.header.sealed_at_ns,
                 root=root,
             )
-            pinned = self.set_base(state, base)
-            if pinned is not None:
-                return f"reader of {pinned.short}"
             try:
+                # Inside of one transaction: who stores a cursor or a bookmark meanwhile either is seen here, or is told
+                # that the position is not there any more.
                 with self.index.write() as txn:
-                    txn.put_row("bases", state.machine.uuid.bytes, base)
+                    behind = (h for h in self._holds(txn, state, past) if not leads_to(state, position, h.at))
+                    held = next(behind, None)
+                    pinned = self.set_base(state, base) if held is None else None
+                    if pinned is not None:
+                        held = Held(kind="reader", name="", position=str(pinned))
+                    if held is None:
+                        txn.put_row("bases", state.machine.uuid.bytes, base)
             except BaseException:
                 with state.lock:
                     state.base = old
                 raise
-        return None
+        return held
 
-    def _fold(self, state: MachineState, base: Base) -> None:
+    def _fold(self, state: MachineState, base: Base, pause: Pause) -> None:
         machine = state.machine.uuid
         image = self.base(machine, base.root)
         with state.lock:
@@ -198,8 +236,12 @@ class Retention(Imaging):
                 if row[2] != BASE
             )
             for batch in _batches(rows):
+                began = time.monotonic()
                 self._fold_batch(image, machine, disk.index, batch)
-            image.sync(disk.index)
+                # At once: a sync of everything at the end would keep the syncs of ingest waiting.
+                image.sync(disk.index)
+                if pause(time.monotonic() - began):
+                    raise _Paused
 
     def _fold_batch(self, image: BaseImage, machine: uuid.UUID, disk: int, batch: list[_Row]) -> None:
         contents = [memoryview(bytearray(row[1])) if row[2] == Kind.DATA else None for row in batch]
@@ -275,6 +317,10 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _leads_to(state: MachineState, target: Position, position: Position) -> bool:
-    lineage = state.lineage(position)
-    return lineage[0].generation > state.root(target) or any(target in span for span in lineage)
+def _chunks_of(pieces: Pieces) -> npt.NDArray[np.int64]:
+    """The chunks that the data among ``pieces`` touches, ascending."""
+    data = pieces.kinds == Kind.DATA
+    first = pieces.offsets[data] // CHUNK_BYTES
+    count = (pieces.offsets[data] + pieces.lengths[data] - 1) // CHUNK_BYTES - first + 1
+    starts = np.cumsum(count) - count
+    return np.unique(np.repeat(first - starts, count) + np.arange(int(count.sum())))

@@ -32,6 +32,8 @@ class MachineState:
     base: Base | None
     writing: threading.RLock = field(default_factory=threading.RLock)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    folding: threading.Lock = field(default_factory=threading.Lock)
+    """Held over a whole step of retention, before ``writing``."""
     tip_entry: Entry | None = None
     recovery_point: Position | None = None
     file: SegmentFile | None = None
