@@ -37,10 +37,16 @@ a chunk that reads as zeros has the all-zero digest."""
 IMAGE = "/v1/machines/{machine}/image"
 """GET ?at=POSITION&disk=&offset=&length= -> one segment (journal format, chained to nothing: ``previous`` is the
 digest of POSITION) whose extents hold that range of the disk at that position; holes are left out."""
+PREFILL = "/v1/machines/{machine}/prefill"
+"""What the server has already of a machine that is new to it, before its first segment (agent). POST -> PrefillBegun:
+begins, or begins anew. PUT ?key=&disk= (body: see ``journal/proof.py``) -> PrefillLaid: lays what is found below the
+image. DELETE -> PrefillEnded: that was it; from now on the image at the genesis stays as it is."""
 CURSOR = "/v1/machines/{machine}/cursors/{consumer}"
 """PUT (PE) CursorBody after its disk is durable at that position; GET (PE) -> CursorBody. ``position`` None, in both
 directions: the disks hold no known state (nothing was acknowledged yet, or a takeover is going to write to them), so
 that the standby has to seed by comparing."""
+BOOKMARKS = "/v1/machines/{machine}/bookmarks"
+"""POST BookmarkRequest -> BookmarkInfo (agent): a bookmark of now, asked for on the machine itself."""
 CONTROL = "/v1/control"
 """GET, websocket."""
 
@@ -87,7 +93,10 @@ class JoinAnswer(Struct):
 class MachineState(Struct):
     """Where a writer has to continue. ``tip`` is the last stored position of the live generation.
 
-    ``service_addresses``: what the live generation's side may hold, with prefixes; a fenced agent gives them up."""
+    ``service_addresses``: what the live generation's side may hold, with prefixes; a fenced agent gives them up.
+    ``prefill``: what the image at the first genesis is. none: zeros, for ever; filled: something was laid there;
+    open: it is the agent's turn to ask for that, and to end it (``PREFILL``), before it begins.
+    ``bytes_per_s_max``: see ``StoredAnswer``."""
 
     machine: str
     name: str
@@ -98,11 +107,30 @@ class MachineState(Struct):
     fenced: bool
     disks: list[DiskInfo]
     service_addresses: list[str] = []
+    prefill: Literal["open", "none", "filled"] = "none"
+    bytes_per_s_max: int | None = None
 
 
 class StoredAnswer(Struct):
+    """``bytes_per_s_max``: what the agent may send from now on; None: as much as it likes."""
+
     position: str
     duplicate: bool
+    bytes_per_s_max: int | None = None
+
+
+class PrefillBegun(Struct):
+    """``key``: hex of the 32 bytes that go into each proof."""
+
+    key: str
+
+
+class PrefillLaid(Struct):
+    chunks: int
+
+
+class PrefillEnded(Struct):
+    prefill: Literal["none", "filled"]
 
 
 class CursorBody(Struct):
@@ -123,6 +151,37 @@ class FeedAnswer(Struct):
     entries: list[FeedEntry]
     tip: str
     restart: bool = False
+
+
+# --- bookmarks --------------------------------------------------------------------------------------------------------
+BOOKMARK_WAIT_S_MAX = 3600.0
+BOOKMARK_NOTE_CHARS_MAX = 1000
+
+
+class BookmarkRequest(Struct):
+    """``application``: the machine is held still at that point. ``hold``: retention stops there. ``at_s``: a recovery
+    point of the past, the newest up to that millisecond's end. ``wait_s``: for preparing, freezing and storing."""
+
+    name: str
+    note: str = ""
+    application: bool = False
+    hold: bool = False
+    at_s: float | None = None
+    wait_s: float = 110.0
+
+
+class BookmarkInfo(Struct):
+    """``hooks``: what held the machine still, and what that said. ``expired_at_s``: when retention has folded it."""
+
+    name: str
+    position: str
+    sealed_at_s: float
+    created_at_s: float
+    note: str
+    consistency: Literal["crash", "application"]
+    hold: bool
+    hooks: str
+    expired_at_s: float | None = None
 
 
 # --- control ----------------------------------------------------------------------------------------------------------
@@ -155,6 +214,7 @@ class AgentReport(Struct, tag="agent-report"):
     resident_bytes: int = 0
     boot_id: str = ""
     error: dict[str, Any] | None = None
+    borrowed_bytes: int = 0
 
 
 class StandbyReport(Struct, tag="standby-report"):

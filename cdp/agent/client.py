@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from cdp.agent.errors import ServerUnreachable
+from cdp.agent.rate import Bucket
 from journal import wire
 from journal.position import DIGEST_BYTES, Position
 
@@ -35,6 +36,8 @@ class Client:
         self._headers = headers
         self._tls = tls_context(ca_file) if self._base.startswith("https://") else None
         self._session: aiohttp.ClientSession | None = None
+        self.bucket = Bucket(None)
+        """The server's limit: told with each state and each acknowledgement."""
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
@@ -52,13 +55,17 @@ class Client:
 
     async def state(self) -> wire.MachineState:
         raw = await self._request("GET", wire.MACHINE.format(machine=self.machine))
-        return _decode(raw, wire.MachineState)
+        found = _decode(raw, wire.MachineState)
+        self.bucket.set_rate(found.bytes_per_s_max)
+        return found
 
     async def put_segment(self, position: Position, path: Path, length: int) -> wire.StoredAnswer:
         """Stream a sealed segment from its file."""
         where = wire.SEGMENT.format(machine=self.machine, generation=position.generation, seq=position.seq)
-        raw = await self._request("PUT", where, data=_stream(path), headers={"Content-Length": str(length)})
-        return _decode(raw, wire.StoredAnswer)
+        raw = await self._request("PUT", where, data=_stream(path, self.bucket), headers={"Content-Length": str(length)})
+        answer = _decode(raw, wire.StoredAnswer)
+        self.bucket.set_rate(answer.bytes_per_s_max)
+        return answer
 
     async def hashes(self, disk: int, offset: int, length: int, chunk: int) -> list[bytes]:
         """The digests of the newest image, one per ``chunk`` bytes of the range, the last one maybe of less."""
@@ -68,6 +75,32 @@ class Client:
         if len(raw) != want * DIGEST_BYTES:
             raise _strange(f"{len(raw)} bytes of hashes for {want} chunks")
         return [raw[at : at + DIGEST_BYTES] for at in range(0, len(raw), DIGEST_BYTES)]
+
+    async def begin_prefill(self) -> bytes:
+        """The key of the proofs (``journal/proof.py``)."""
+        raw = await self._request("POST", wire.PREFILL.format(machine=self.machine))
+        return bytes.fromhex(_decode(raw, wire.PrefillBegun).key)
+
+    async def prefill(self, key: bytes, disk: int, body: bytes) -> int:
+        """Ask for the chunks in ``body``; how many of them the server has laid below this machine's image."""
+        query = {"key": key.hex(), "disk": str(disk)}
+        await self.bucket.take(len(body))
+        raw = await self._request("PUT", wire.PREFILL.format(machine=self.machine), query=query, data=body)
+        return _decode(raw, wire.PrefillLaid).chunks
+
+    async def end_prefill(self) -> wire.PrefillEnded:
+        raw = await self._request("DELETE", wire.PREFILL.format(machine=self.machine))
+        return _decode(raw, wire.PrefillEnded)
+
+    async def bookmark(self, request: wire.BookmarkRequest) -> wire.BookmarkInfo:
+        """Answered when the bookmark is there."""
+        raw = await self._request(
+            "POST",
+            wire.BOOKMARKS.format(machine=self.machine),
+            data=msgspec.json.encode(request),
+            patience_s=request.wait_s + REQUEST_S,
+        )
+        return _decode(raw, wire.BookmarkInfo)
 
     async def control(self) -> aiohttp.ClientWebSocketResponse:
         """The control channel, freshly opened."""
@@ -95,12 +128,14 @@ class Client:
         path: str,
         *,
         query: dict[str, str] | None = None,
-        data: AsyncIterator[memoryview] | None = None,
+        data: AsyncIterator[memoryview] | bytes | None = None,
         headers: dict[str, str] | None = None,
+        patience_s: float = REQUEST_S,
     ) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=patience_s)
         try:
             async with self._open_session().request(
-                method, self._base + path, params=query, data=data, headers=headers
+                method, self._base + path, params=query, data=data, headers=headers, timeout=timeout
             ) as answer:
                 raw = await _read(answer)
                 if answer.status >= 300:
@@ -142,11 +177,12 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-async def _stream(path: Path) -> AsyncIterator[memoryview]:
+async def _stream(path: Path, bucket: Bucket) -> AsyncIterator[memoryview]:
     # The spool is in memory or freshly written: reading it does not wait for a disk worth a thread.
     buffer = bytearray(CHUNK_BYTES)
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(buffer):
+            await bucket.take(got)
             # The transport may keep a reference to what it was given, so every chunk is a buffer of its own.
             yield memoryview(buffer)[:got]
             buffer = bytearray(CHUNK_BYTES)

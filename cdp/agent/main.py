@@ -93,6 +93,17 @@ def detach(config: AgentConfig) -> None:
     runtime.unmount(config.runtime_dir)
 
 
+def bookmark(config: AgentConfig, request: wire.BookmarkRequest) -> wire.BookmarkInfo:
+    """Ask the server for a bookmark as this machine; it turns to the agent that runs here."""
+    state = StateDir(config.state_dir)
+
+    async def ask() -> wire.BookmarkInfo:
+        async with _client(config, state, state.identity()) as client:
+            return await client.bookmark(request)
+
+    return asyncio.run(ask())
+
+
 def attach(config: AgentConfig, found: list[Device]) -> CaptureSession:
     """Re-open the pinned capture or make one. One that does not fit (another version, a resized disk) is replaced:
     the comparison that follows costs time, a refusal would cost protection."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from cdp.agent.config import DEFAULT_PATH
+from cdp.cli.show import json_option
+from journal import wire
 
 _CONFIG = click.option(
     "--config",
@@ -28,6 +30,7 @@ def agent(ctx: click.Context, config: Path | None) -> None:
     Examples:
       cdp agent run
       cdp agent guard        # before the network starts: see cdp-agent-guard.service
+      cdp agent bookmark before-deploy --application
     """
     ctx.obj = config
     if ctx.invoked_subcommand is None:
@@ -65,6 +68,48 @@ def detach(outer: Path | None, config: Path | None) -> None:
     from cdp.agent.config import load  # noqa: PLC0415
 
     main.detach(load(config or outer or DEFAULT_PATH))
+
+
+@agent.command()
+@click.argument("label")
+@click.option("--application", is_flag=True, help="Hold this machine still: run its freeze hooks, freeze, cut, thaw.")
+@click.option("--note", default="", help="For whoever reads the list.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, wire.BOOKMARK_WAIT_S_MAX),
+    default=110.0,
+    show_default=True,
+    help="Seconds for preparing, freezing and storing.",
+)
+@json_option
+@_CONFIG
+@click.pass_obj
+def bookmark(
+    outer: Path | None,
+    label: str,
+    *,
+    application: bool,
+    note: str,
+    timeout: float,
+    as_json: bool,
+    config: Path | None,
+) -> None:
+    """Bookmark this machine, as this machine, from here: for deployment scripts. Its agent has to be running.
+
+    When it returns, the bookmark LABEL is there and names a recovery point of after the call. Exit code 6: not now (a
+    seed, a takeover, no answer from the server or from the agent); 1: refused, or a hook failed.
+
+    \b
+    Examples:
+      cdp agent bookmark before-deploy
+      cdp agent bookmark nightly-$(date +%F) --application && run-the-upgrade
+    """
+    from cdp.agent import main  # noqa: PLC0415
+    from cdp.agent.config import load  # noqa: PLC0415
+    from cdp.cli.bookmark import show_added  # noqa: PLC0415
+
+    request = wire.BookmarkRequest(name=label, note=note, application=application, wait_s=timeout)
+    show_added(main.bookmark(load(config or outer or DEFAULT_PATH), request), as_json)
 
 
 @click.command()

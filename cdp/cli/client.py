@@ -47,6 +47,7 @@ class Client:
         else:
             self._context = ssl.create_default_context(cadata=ca_pem)
         self._headers = {**headers, "User-Agent": "cdp"}
+        self.answer_s = ANSWER_S
         self._connection: http.client.HTTPSConnection | None = None
 
     def get(self, kind: type[T], path: str, /, **query: object) -> T:
@@ -88,7 +89,7 @@ class Client:
         self._connection = http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_S, context=self._context)
         self._connection.connect()
         assert isinstance(self._connection.sock, socket.socket)
-        self._connection.sock.settimeout(ANSWER_S)
+        self._connection.sock.settimeout(self.answer_s)
         return self._once(self._connection, method, target, data, headers)
 
     @staticmethod

@@ -28,6 +28,7 @@ from journal.errors import CdpError, Forbidden, Unauthorized
 _MODULES: Final = {
     "agent": ("cdp.cli.agent", "agent", "Run the agent on a protected machine."),
     "audit": ("cdp.cli.machines", "audit", "Show who did what."),
+    "bookmark": ("cdp.cli.bookmark", "bookmark", "Name recovery points, application-consistent ones too."),
     "commit": ("cdp.cli.takeover", "commit", "Make a takeover final."),
     "export": ("cdp.cli.export", "export", "Serve a machine's disks as they were at any second, over NBD."),
     "join": ("cdp.cli.agent", "join", "Enrol this machine with a server."),

@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 from cdp.server import http, metrics, tls
 from cdp.server.api import Api, Parts
 from cdp.server.auth import Authenticator
+from cdp.server.bookmarks import Bookmarks
 from cdp.server.config import Config
 from cdp.server.control import Hub, Slot
 from cdp.server.dedup import Prefills
@@ -206,6 +207,7 @@ class Server:
         self.exports.add_routes(gate)
         Api(parts, url=config.public_url, fingerprint=self.authority.fingerprint).add_routes(gate)
         self.takeovers.add_routes(gate)
+        Bookmarks(self.store, self.workers, self.hub, self.machines, self.takeovers.check_idle).add_routes(gate)
         gate.add("GET", wire.CONTROL, self._control, "agent", "pe")
         gate.open("GET", METRICS, self._metrics)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)

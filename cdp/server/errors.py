@@ -128,3 +128,10 @@ class ListenFailed(CdpError):
     """The server's port cannot be listened at."""
 
     code = "listen-failed"
+
+
+class BookmarksFull(CdpError):
+    """The machine has as many bookmarks as it may have."""
+
+    code = "bookmarks-full"
+    http_status = 409

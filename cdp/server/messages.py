@@ -35,6 +35,10 @@ POINTS = PREFIX + "/machines/{name}/recovery-points"
 POINT = PREFIX + "/machines/{name}/recovery-point"
 """GET ?at= (seconds; absent: the newest) -> PointAnswer: the newest recovery point up to that millisecond's end; or
 ?bookmark=, the one that carries the name."""
+BOOKMARKS = PREFIX + "/machines/{name}/bookmarks"
+"""GET -> list[BookmarkInfo], the oldest recovery point first; POST BookmarkRequest -> BookmarkInfo."""
+BOOKMARK = PREFIX + "/machines/{name}/bookmarks/{id}"
+"""PATCH BookmarkHold -> BookmarkInfo; DELETE. {id} is the bookmark's name."""
 MACHINE_TAKEOVERS = PREFIX + "/machines/{name}/takeovers"
 """GET -> list[dict], the newest first; POST TakeoverRequest -> dict, the record of the takeover that was started."""
 TAKEOVER = PREFIX + "/takeovers/{id}"
@@ -107,6 +111,12 @@ class TakeoverRequest(Struct):
     mode: Literal["planned", "unplanned"]
     source_is_down: bool = False
     force: bool = False
+
+
+class BookmarkHold(Struct):
+    """``hold``: retention stops at the bookmark, or goes past it again."""
+
+    hold: bool
 
 
 class PointAnswer(Struct):
