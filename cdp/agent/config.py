@@ -48,6 +48,9 @@ class SpoolConfig(_Section):
 class CopyConfig(_Section):
     mb_per_s_max: float = 200.0
     """Reading of a seed or resync, in MB/s: the source's own work comes first. 0: no limit."""
+    dedup: bool = True
+    """Before a first seed, read the disks once more to ask which of their chunks the server has already, and leave
+    those out. False: where the line is faster than the disks."""
 
 
 class QuiesceConfig(_Section):
@@ -197,6 +200,7 @@ disks = [{listed}]
 
 [copy]
 # mb_per_s_max = 200             # of a seed or resync; 0: no limit
+# dedup = true                   # ask first what the server has already
 
 [quiesce]
 # postgresql_unit = "postgresql"

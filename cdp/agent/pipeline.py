@@ -47,8 +47,11 @@ HOLD_S_MAX: Final = 120.0
 """A planned takeover that has not fenced by then has failed; the raw spool must not fill up for it."""
 MARK_DEADLINE_S: Final = 1.0
 """Without a mark for this long the raw spool is full or the drainer is dead: seal what is there."""
-LOOK_S: Final = 0.25
-"""How often the raw spool is looked at within a second, so that a burst is not sealed only at its end."""
+LOOK_S: Final = (0.02, 0.25)
+"""How often the raw spool is looked at within a second, so that a burst is not sealed only at its end: about when a
+window is full, at the rate of the last look."""
+HURRY_BYTES: Final = 4 * WINDOW_BYTES
+"""So far behind, speed counts more than the ratio of the compression."""
 SEGMENT_ROOM_BYTES: Final = WINDOW_BYTES + BUFFER_BYTES + (1 << 20)
 """An encoded segment is never larger."""
 RESUME_FRACTION: Final = 0.5
@@ -120,10 +123,11 @@ class Pipeline:
         return True
 
     async def begin(self, state: MachineState, reason: str) -> None:
-        """Begin at the server's tip with nothing known of the disks: a seed, or a comparison."""
+        """Begin at the server's tip with nothing known of the disks: a seed, or a comparison. ``state`` is settled
+        (``dedup.settled_state``)."""
         history.check_disks(self._disks, state.disks)
         async with self._lock:
-            self._begin(Position.parse(state.tip), reason)
+            self._begin(Position.parse(state.tip), reason, prefilled=state.prefill != "none")
 
     async def lift(self, tip: Position) -> None:
         """The fence is lifted: go on in the generation of ``tip``, with as little copying as is safe."""
@@ -139,7 +143,7 @@ class Pipeline:
             self._dropping = None
             self._wake.set()
 
-    def _begin(self, tip: Position, reason: str) -> None:
+    def _begin(self, tip: Position, reason: str, *, prefilled: bool = True) -> None:
         self._spool.discard()
         # The drop generation is read first: whatever is lost from here on is the next round's.
         generation = self._session.losses().generation
@@ -147,7 +151,7 @@ class Pipeline:
         rounds = self._rounds
         rounds.dirty.clear()
         rounds.dealt = generation
-        current = history.first_round(self._machine, tip, generation, reason, self._disks)
+        current = history.first_round(self._machine, tip, generation, reason, self._disks, prefilled=prefilled)
         self._cursor = history.first_cursor(self._key, self._disks, tip, start, current)
         self._spool.commit(self._cursor)
         self._raw.release(start)
@@ -255,6 +259,7 @@ class Pipeline:
             and self._spool.bytes < self._spool.bytes_max * RESUME_FRACTION
             and self._behind < 2 * WINDOW_BYTES
             and time.monotonic() >= self._copy_pause_until
+            and not self._rounds.gives_way(self._spool.bytes)
         )
 
     @property
@@ -264,17 +269,19 @@ class Pipeline:
     async def _wait(self, due: float) -> None:
         """Until ``due``, an order, or something to do before it."""
         self._wake.clear()
+        seen, look_s = self._raw.drained, LOOK_S[1]
         while (left := due - time.monotonic()) > 0 and not self._orders:
             if not self._held and (
                 self._behind >= WINDOW_BYTES or (self._dropping is None and self._rounds.urgent) or self._may_copy
             ):
                 return
             try:
-                async with asyncio.timeout(min(left, LOOK_S)):
+                async with asyncio.timeout(min(left, look_s)):
                     await self._wake.wait()
                 self._wake.clear()
             except TimeoutError:
-                continue
+                came, seen = self._raw.drained - seen, self._raw.drained
+                look_s = min(max(LOOK_S[0], look_s * WINDOW_BYTES / max(came, 1)), LOOK_S[1])
 
     async def _copy(self, due: float) -> None:
         if not self._may_copy:
@@ -293,7 +300,7 @@ class Pipeline:
             await self._seal_ahead()
             return None
         losses = self._session.losses()
-        cut = _cut_at(mark)
+        cut = Cut.at(mark)
         self._look(losses, cut)
         if self._dropping == "spool-full" and self._spool.bytes < self._spool.bytes_max * RESUME_FRACTION:
             self._dropping = None
@@ -312,7 +319,7 @@ class Pipeline:
     async def _seal_ahead(self) -> None:
         """Seal whole windows of the second that goes on; or, without a mark, what there is."""
         assert self._cursor is not None or self._dropping is not None
-        cut = _cut_at(Mark(time.monotonic_ns(), self._raw.drained))
+        cut = Cut.at(Mark(time.monotonic_ns(), self._raw.drained))
         if self._dropping is not None:
             await self._drop_to(cut)
         elif self._cursor is not None and (cut.position > self._cursor.raw or self._cursor.open_bios):
@@ -343,6 +350,7 @@ class Pipeline:
                 dirty=rounds.dirty,
                 copier=rounds.copier,
                 final=final and end == cut.position,
+                hurry=self._behind >= HURRY_BYTES,
             )
             self._cursor, entry = await asyncio.get_running_loop().run_in_executor(self._worker, seal)
             self._spool.publish(entry)
@@ -366,7 +374,7 @@ class Pipeline:
     def _drop(self, why: Dropping) -> None:
         if self._dropping != why:
             log.warning("dropping what is captured, to be copied later: %s", why)
-        self._dropping = why
+            self._dropping = why
         self._rounds.interrupt()
 
     # --- showing ------------------------------------------------------------------------------------------------------
@@ -387,11 +395,7 @@ class Pipeline:
         self._status.history(
             fuzzy=fuzzy,
             reason="disk-changed" if self._disks_changed else self._dropping or reason,
-            copying=None if current is None else current.kind,
+            copying=None if current is None else "seed" if reason == "seed" else current.kind,
             progress=self._rounds.progress(),
             backlog=(self._spool.bytes, len(self._spool.entries)),
         )
-
-
-def _cut_at(mark: Mark) -> Cut:
-    return Cut(mark.position, mark.monotonic_ns, time.time_ns() - (time.monotonic_ns() - mark.monotonic_ns))

@@ -12,11 +12,15 @@ from cdp.agent.config import SPOOL_BYTES_MIN, AgentConfig
 from cdp.agent.errors import ConfigInvalid
 
 SPOOL_BYTES: Final = 256 << 20
-RAW_SPOOL_BYTES: Final = 128 << 20
+RAW_SPOOL_BYTES: Final = 512 << 20
 SLACK_BYTES: Final = 32 << 20
 """Beside the two spools: a chunk file kept for reuse, the cursor, directories."""
+_M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
+_HEAP_KEPT_BYTES: Final = 64 << 20
+_MMAP_BYTES: Final = 32 << 20
+"""The most that glibc accepts."""
 
 
 def memory_bytes() -> int:
@@ -58,7 +62,9 @@ def unmount(directory: Path) -> None:
 
 
 def limit_memory() -> None:
-    """Keep glibc from hoarding: two arenas, and buffers of segments go back to the kernel when they are freed."""
+    """One heap for all threads, and the buffers of a segment stay in it: getting them from the kernel each second, page
+    by page, was a quarter of the agent's work. What is kept is bounded, and is what a busy second needs anyway."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(_M_ARENA_MAX, 2)
-    libc.mallopt(_M_MMAP_THRESHOLD, 256 << 10)
+    libc.mallopt(_M_ARENA_MAX, 1)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, _HEAP_KEPT_BYTES)

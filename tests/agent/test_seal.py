@@ -32,6 +32,7 @@ class Bench:
         assert self.spool.open() is None
         self.dirty = DirtyMap(DISKS)
         self.sealer = Sealer(MACHINE, self.spool, self.written.raw)
+        self.hurries = random.Random(1)
         self.cursor = Cursor(
             machine=str(MACHINE),
             boot_id="boot",
@@ -56,6 +57,7 @@ class Bench:
             dirty=self.dirty,
             copier=None,
             final=final,
+            hurry=self.hurries.random() < 0.5,
         )
         self.spool.publish(entry)
         segment = decode(entry.path.read_bytes())

@@ -53,7 +53,7 @@ class Plant(Observed):
     """Started and stopped part by part; ``start_all`` does it in the usual order. Disks are zeros at first.
 
     ``disks`` are the protected devices, ``targets`` the standby's, by disk number. They are mounted in
-    ``namespace``.
+    ``namespace``. ``agent_toml`` may be given before the enrolment: further sections of the agent's configuration.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class Plant(Observed):
         ring_bytes: int = 16 << 20,
         spool_bytes: int = 256 << 20,
         copy_mb_per_s: float = 0,
+        disk_dir: Path | None = None,
     ) -> None:
+        """``disk_dir``: where the source's disks lie, if not beside everything else."""
         super().__init__()
         self.work_dir = scratch_dir("cdp-plant-")
         self.log_dir = self.work_dir / "log"
@@ -73,7 +75,9 @@ class Plant(Observed):
         self.disks: list[LoopDisk] = []
         self.targets: list[LoopDisk] = []
         self.machine = uuid.UUID(int=0)
+        self.agent_toml = ""
         self._sizes = sizes
+        self._disk_dir = disk_dir or self.work_dir
         self._ring_bytes = ring_bytes
         self._spool_bytes = spool_bytes
         self._copy_mb_per_s = copy_mb_per_s
@@ -103,7 +107,7 @@ class Plant(Observed):
         try:
             self.namespace.__enter__()
             for index, size in enumerate(self._sizes):
-                self.disks.append(LoopDisk(self.work_dir / f"disk{index}.img", size))
+                self.disks.append(LoopDisk(self._disk_dir / f"disk{index}.img", size))
                 self.targets.append(LoopDisk(self.work_dir / f"target{index}.img", size))
         except BaseException:
             self._clean_up()
@@ -275,6 +279,7 @@ class Plant(Observed):
             mb_per_s_max = {float(self._copy_mb_per_s)}
             [metrics]
             port = 0
+            {self.agent_toml}
         """
 
     def _drainers(self) -> list[int]:
