@@ -62,7 +62,9 @@ class Client:
     async def put_segment(self, position: Position, path: Path, length: int) -> wire.StoredAnswer:
         """Stream a sealed segment from its file."""
         where = wire.SEGMENT.format(machine=self.machine, generation=position.generation, seq=position.seq)
-        raw = await self._request("PUT", where, data=_stream(path, self.bucket), headers={"Content-Length": str(length)})
+        raw = await self._request(
+            "PUT", where, data=_stream(path, self.bucket), headers={"Content-Length": str(length)}
+        )
         answer = _decode(raw, wire.StoredAnswer)
         self.bucket.set_rate(answer.bytes_per_s_max)
         return answer

@@ -37,7 +37,7 @@ BUFFER_BYTES: Final = 8 << 20
 TRACKED_MAX: Final = 500_000
 """Ranges; 16 bytes each, and as much again while they are merged."""
 _BLOCK: Final = 4096
-_ZERO_DIGEST: Final = bytes(32)
+ZERO_DIGEST: Final = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class Copier:
         self._buffer = mmap.mmap(-1, BUFFER_BYTES)
         self._bytes = np.frombuffer(self._buffer, np.uint8)
         self._used = 0
+        self.room_bytes = BUFFER_BYTES
+        """What one segment may carry; less where the line is slow."""
         self._at = (current.disk, current.offset)
         self._chunks: list[tuple[int, int]] = []
         self._kept: list[tuple[int, int]] = []
@@ -76,7 +78,7 @@ class Copier:
     # --- before the cut -----------------------------------------------------------------------------------------------
     @property
     def has_room(self) -> bool:
-        return self._used + CHUNK_BYTES <= BUFFER_BYTES
+        return self._used == 0 or self._used + CHUNK_BYTES <= self.room_bytes
 
     def next(self) -> Chunk | None:
         """What to read next; None when the round has read everything."""
@@ -153,13 +155,13 @@ class Copier:
                 fd = self._fds[chunk.disk] = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             got = os.preadv(fd, [memoryview(self._buffer)[self._used : self._used + chunk.length]], chunk.offset)
         except OSError as error:
-            raise _unreadable(path, chunk, str(error)) from error
+            raise disk_unreadable(path, chunk.disk, chunk.offset, str(error)) from error
         if got != chunk.length:
-            raise _unreadable(path, chunk, f"{got} bytes came")
+            raise disk_unreadable(path, chunk.disk, chunk.offset, f"{got} bytes came")
 
     def _digest(self, low: int, high: int) -> bytes:
         part = self._bytes[self._used + low : self._used + high]
-        return blake3(part.data).digest() if part.any() else _ZERO_DIGEST
+        return blake3(part.data).digest() if part.any() else ZERO_DIGEST
 
     def _advance(self, chunk: Chunk) -> None:
         self._at = (chunk.disk, chunk.offset + chunk.length)
@@ -189,10 +191,10 @@ class Copier:
         return Intervals.of(starts, starts + np.uint64(_BLOCK))
 
 
-def _unreadable(path: Path, chunk: Chunk, why: str) -> DiskReadFailed:
+def disk_unreadable(path: Path, disk: int, offset: int, why: str) -> DiskReadFailed:
     return DiskReadFailed(
-        f"{path} cannot be read at {chunk.offset}: {why}.",
+        f"{path} cannot be read at {offset}: {why}.",
         remedy="Look at the kernel log: the disk may be failing. The copy is tried again by itself.",
-        disk=chunk.disk,
-        offset=chunk.offset,
+        disk=disk,
+        offset=offset,
     )

@@ -3,7 +3,7 @@
     cursor at hand?  same machine, boot, capture, disks    then
     yes              yes                                   CONTINUE where it ends
     otherwise, by the server's tip:
-      the genesis of all-zero disks                        SEED: copy everything, leave zeros out
+      the genesis, and nothing was laid below it           SEED: copy everything, leave zeros out
       anything else                                        COMPARE: read everything, send what differs
 
 When a fence is lifted, the new generation may stand on exactly what this side had sealed: then only what was written
@@ -36,14 +36,21 @@ def new_disks(cursor: Cursor, disks: Sequence[Geometry]) -> list[int]:
 
 
 def first_round(
-    machine: uuid.UUID, tip: Position, drop_generation: int, reason: str, disks: Sequence[Geometry]
+    machine: uuid.UUID,
+    tip: Position,
+    drop_generation: int,
+    reason: str,
+    disks: Sequence[Geometry],
+    *,
+    prefilled: bool = False,
 ) -> Round:
-    """The copy that a history on ``tip`` begins with, when nothing is known of what the disks hold."""
+    """The copy that a history on ``tip`` begins with, when nothing is known of what the disks hold. ``prefilled``: the
+    image at the first genesis is not known to be zeros."""
     todo = DirtyMap(disks)
     todo.mark_all()
     empty = tip == Position.genesis(machine, tip.generation, None)
     return Round(
-        kind="seed" if empty else "compare",
+        kind="seed" if empty and not prefilled else "compare",
         reason="seed" if empty else reason,
         drop_generation=drop_generation,
         todo=todo.pack(),

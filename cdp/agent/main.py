@@ -31,6 +31,7 @@ from cdp.agent.capture.spool import RawSpool
 from cdp.agent.client import Client
 from cdp.agent.config import AgentConfig
 from cdp.agent.control import Control
+from cdp.agent.dedup import Asker, settled_state
 from cdp.agent.dirty import Geometry
 from cdp.agent.drainer import Drainer
 from cdp.agent.fence import Fencer
@@ -38,6 +39,7 @@ from cdp.agent.freezing import Freezer
 from cdp.agent.pipeline import Pipeline
 from cdp.agent.push import BACKOFF_S, Pusher
 from cdp.agent.quiesce import Quiescer
+from cdp.agent.rate import Lift
 from cdp.agent.rounds import Rounds
 from cdp.agent.spool import Spool, check_not_protected
 from cdp.agent.state import Identity, StateDir, boot_id
@@ -147,9 +149,13 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
     disks = [Geometry(index, device.size_bytes, device.granule_bytes) for index, device in enumerate(session.devices)]
     news = asyncio.Event()
     spool = Spool(config.spool_dir, runtime.spool_bytes(config))
+    client.bucket.lifted = Lift(spool, lambda: status.quiesced)
+    status.borrowed_bytes = lambda: client.bucket.borrowed_bytes
+    status.limit_bytes_per_s = lambda: client.bucket.bytes_per_s
+    paths = {index: device.path for index, device in enumerate(session.devices)}
     rounds = Rounds(
         disks,
-        {index: device.path for index, device in enumerate(session.devices)},
+        paths,
         losses=session,
         hashes=client,
         settled=lambda since_ns: settle.wait_settled(session.devices, since_ns),
@@ -157,7 +163,9 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
         started=lambda reason: status.resyncs.update([reason]),
         worker=worker,
         bytes_per_s_max=config.copy.mb_per_s_max * 1e6,
+        sending=lambda: client.bucket.bytes_per_s,
     )
+    asker = Asker(client, disks, paths, status=status, worker=worker, bytes_per_s_max=config.copy.mb_per_s_max * 1e6)
     pipeline = Pipeline(
         identity.machine_id,
         disks,
@@ -209,14 +217,17 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
             group.create_task(control.run(), name="control")
             group.create_task(orders.watch(), name="watch")
             if not adopted and fencer.fence is None:
-                group.create_task(_begin(client, pipeline, orders, pusher, status), name="begin")
+                beginning = _begin(client, pipeline, orders, pusher, status, asker if config.copy.dedup else None)
+                group.create_task(beginning, name="begin")
     finally:
         if page is not None:
             await page.cleanup()
 
 
-async def _begin(client: Client, pipeline: Pipeline, orders: Orders, pusher: Pusher, status: Status) -> None:
-    """Ask the server where the history stands, for as long as it takes, and begin there."""
+async def _begin(  # noqa: PLR0917 (everybody who learns where the history stands)
+    client: Client, pipeline: Pipeline, orders: Orders, pusher: Pusher, status: Status, asker: Asker | None
+) -> None:
+    """Ask the server where the history stands, and what it has already, for as long as it takes, and begin there."""
     while pipeline.tip is None:
         try:
             state = await client.state()
@@ -225,7 +236,9 @@ async def _begin(client: Client, pipeline: Pipeline, orders: Orders, pusher: Pus
             if state.fenced:
                 await orders.superseded(state)
                 return
-            await pipeline.begin(state, "reboot-or-reinstalled")
+            if state.prefill == "open" and asker is not None:
+                await asker.run()
+            await pipeline.begin(await settled_state(client), "reboot-or-reinstalled")
             status.works("begin")
         except CdpError as error:
             status.failed("begin", error)

@@ -15,8 +15,9 @@ from typing import Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cdp.agent.copy import CHUNK_BYTES, FINE_BYTES, Chunk, Copier
+from cdp.agent.copy import BUFFER_BYTES, CHUNK_BYTES, FINE_BYTES, ZERO_DIGEST, Chunk, Copier
 from cdp.agent.dirty import DirtyMap, Geometry, Round
+from cdp.agent.rate import COPY_BACKLOG_S
 from journal.position import Position
 from journal.wire import Progress
 
@@ -43,7 +44,8 @@ class Hashes(Protocol):
 
 
 class Rounds:
-    """``dirty``: marks for the next round; ``dealt``: the drop generation up to which losses have been copied."""
+    """``dirty``: marks for the next round; ``dealt``: the drop generation up to which losses have been copied.
+    ``sending``: bytes/s that may be sent, None without a limit."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class Rounds:
         started: Callable[[str], None],
         worker: Executor,
         bytes_per_s_max: float,
+        sending: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.dirty = DirtyMap(disks)
         self.dealt = 0
@@ -71,6 +74,7 @@ class Rounds:
         self._started = started
         self._worker = worker
         self._rate = bytes_per_s_max
+        self._sending = sending
         self._todo = DirtyMap(disks)
         self._copier: Copier | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -104,6 +108,11 @@ class Rounds:
             return False
         stored = self._stored()
         return self.current.kind != "compare" or self._floor is None or (stored is not None and stored >= self._floor)
+
+    def gives_way(self, backlog_bytes: int) -> bool:
+        """The journal goes first: where sending is limited, a copy takes what the journal leaves."""
+        rate = self._sending()
+        return rate is not None and backlog_bytes > rate * COPY_BACKLOG_S
 
     def progress(self) -> Progress | None:
         if self.current is None:
@@ -234,6 +243,8 @@ class Rounds:
         ``DiskReadFailed`` and, when comparing, what ``hashes`` raises."""
         copier, loop = self._copier, asyncio.get_running_loop()
         assert self.reading and copier is not None and self.current is not None
+        rate = self._sending()
+        copier.room_bytes = BUFFER_BYTES if rate is None else min(BUFFER_BYTES, int(rate * COPY_BACKLOG_S))
         while copier.has_room and (now := time.monotonic()) < due:
             if now < self._read_next:
                 await asyncio.sleep(min(self._read_next, due) - now)
@@ -244,7 +255,7 @@ class Rounds:
             coarse = await self._coarse(chunk) if self.current.kind == "compare" else None
             differs = await loop.run_in_executor(self._worker, copier.read, chunk, coarse)
             if coarse is not None and differs:
-                fine = await self._hashes.hashes(chunk.disk, chunk.offset, chunk.length, FINE_BYTES)
+                fine = await self._fine(chunk, coarse)
                 await loop.run_in_executor(self._worker, copier.keep_differing, chunk, fine)
             if self._rate:
                 self._read_next = max(self._read_next, now) + chunk.length / self._rate
@@ -258,6 +269,11 @@ class Rounds:
             start = chunk.start
             self._digests = (start, end - chunk.offset, digests)
         return digests[(chunk.start - start) // CHUNK_BYTES]
+
+    async def _fine(self, chunk: Chunk, coarse: bytes) -> list[bytes]:
+        if coarse == ZERO_DIGEST:
+            return [ZERO_DIGEST] * -(-chunk.length // FINE_BYTES)
+        return await self._hashes.hashes(chunk.disk, chunk.offset, chunk.length, FINE_BYTES)
 
     def _size(self, disk: int) -> int:
         return next(geometry.size_bytes for geometry in self._disks if geometry.index == disk)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,9 @@ class Status:
     """Per component; an entry disappears when the component works again."""
     drainer_pid: int | None = None
     drainer_restarts: int = 0
+    borrowed_bytes: Callable[[], int] = lambda: 0
+    """Sent above the server's limit; see ``rate.py``."""
+    limit_bytes_per_s: Callable[[], float | None] = lambda: None
 
     @property
     def state(self) -> str:
@@ -110,6 +114,7 @@ class Status:
             resident_bytes=resident_bytes,
             boot_id=self.boot_id,
             error=error,
+            borrowed_bytes=self.borrowed_bytes(),
         )
 
 

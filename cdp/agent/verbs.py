@@ -25,6 +25,7 @@ import msgspec
 
 from cdp.agent.bookmarks import BookmarkArgs, Bookmarks
 from cdp.agent.client import Client
+from cdp.agent.dedup import settled_state
 from cdp.agent.errors import NotFencedHere, UnknownVerb
 from cdp.agent.fence import Fencer, add_addresses, announce_addresses, load_netlink
 from cdp.agent.freezing import Freezer
@@ -256,7 +257,7 @@ class Orders:
                 return
             if reason == "position-fork":
                 self._last_fork = now
-            await self._pipeline.begin(await self._client.state(), reason)
+            await self._pipeline.begin(await settled_state(self._client), reason)
 
     def told_addresses(self, addresses: list[str]) -> None:
         """The server's list of service addresses; kept for the day when it cannot be asked."""

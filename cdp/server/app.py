@@ -38,8 +38,11 @@ from cdp.server.ingest import Ingest
 from cdp.server.join import Joining, ensure_first_operator
 from cdp.server.machines import Machines
 from cdp.server.ports import StoreCalls, make_ports
+from cdp.server.retention import Policies, Retentions
+from cdp.server.retention_messages import RetentionPolicy
 from cdp.server.standbys import Standbys, Target
 from cdp.server.takeovers import Takeovers, phase_seconds
+from cdp.server.upkeep import Upkeep
 from cdp.server.workers import ByteBudget, Changes, Workers
 from cdp.store import Store
 from cdp.store.dedup import Dedup
@@ -87,6 +90,7 @@ class Server:
             group.create_task(self.standbys.watch(), name="watch the hypervisors")
             group.create_task(self.takeovers.watch(), name="watch the rollback windows")
             group.create_task(self._renew_certificate(), name="renew the certificate")
+            group.create_task(self.upkeep.watch(), name="watch the retention")
             group.create_task(self.exports.run(), name="end exports that nobody reads")
 
     async def _start(self, stack: AsyncExitStack) -> None:
@@ -113,6 +117,7 @@ class Server:
         read_budget = ByteBudget(config.limits.read_bytes_max)
         dedup = await asyncio.to_thread(self._open_dedup)
         self.prefills = Prefills(self.store, self.workers, read_budget, self.counters, dedup)
+        self.retentions = self._start_upkeep(stack)
         self.takeovers = Takeovers(self.store, self.workers)
         self.hub = Hub(peers_max=config.limits.peers_max, on_hello=self._on_hello)
         self.standbys = Standbys(
@@ -131,12 +136,23 @@ class Server:
             takeovers=self.takeovers,
             domain_state=self.standbys.domain_state,
             prefill=self.prefills.state_of,
+            retention=self.retentions.status,
         )
         self.standbys.machines = self.takeovers.machines = self.machines
         calls = StoreCalls(self.store, self.workers, self.changes)
         controller = TakeoverController(calls, make_ports(self.hub, calls, self.standbys, self._deadlines))
         self.takeovers.controller = await stack.enter_async_context(controller)
         await self._serve(stack, read_budget)
+
+    def _start_upkeep(self, stack: AsyncExitStack) -> Retentions:
+        """The thread that folds, and what operators see and say of it."""
+        config = self.config.retention
+        default = RetentionPolicy(keep_s=config.keep_s or None, max_bytes=config.max_bytes or None)
+        policies = Policies(self.store, default, self.config.store.file_bytes)
+        self.upkeep = Upkeep(self.store, policies.of, interval_s=config.interval_s)
+        self.upkeep.start()
+        stack.push_async_callback(self.upkeep.close)
+        return Retentions(self.store, self.workers, policies, self.upkeep)
 
     def _open_directory(self) -> None:
         """The directory, the CA and the certificate."""
@@ -206,6 +222,7 @@ class Server:
         self.prefills.add_routes(gate)
         self.exports.add_routes(gate)
         Api(parts, url=config.public_url, fingerprint=self.authority.fingerprint).add_routes(gate)
+        self.retentions.add_routes(gate)
         self.takeovers.add_routes(gate)
         Bookmarks(self.store, self.workers, self.hub, self.machines, self.takeovers.check_idle).add_routes(gate)
         gate.add("GET", wire.CONTROL, self._control, "agent", "pe")

@@ -65,6 +65,36 @@ class StoreFiles(Section, frozen=True):
     """Address space for the index; it bounds the index, it is not allocated."""
 
 
+class Dedup(Section, frozen=True):
+    enabled: bool = True
+    """Before a machine's first seed its agent asks which of its chunks the server has from other machines; those are
+    not sent. An agent learns in this way that some machine holds a chunk which it holds itself, and nothing else.
+    False: where machines of parties that distrust each other share a server; then every seed is sent whole."""
+    index_mb_per_s_max: float = 32.0
+    """Reading of newest images in the background, once a day, so that their chunks can be found."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.index_mb_per_s_max <= 10_000:
+            raise ValueError("index_mb_per_s_max must lie in 0..10000")
+
+
+class Retention(Section, frozen=True):
+    """The default; 'cdp retention set' gives a machine its own."""
+
+    keep_s: float = 86400.0
+    """How long a second can be recovered before it is folded into the base image. 0: no limit by time."""
+    max_bytes: int = 0
+    """How much disk the journal of a machine may take. 0: no limit by bytes."""
+    interval_s: float = 5.0
+    """How often each machine's journal is looked at; each look costs some hundred rows of the index."""
+
+    def __post_init__(self) -> None:
+        if self.keep_s and not 1 <= self.keep_s <= 100 * 365 * 86400:
+            raise ValueError("keep_s must be 0 or lie in 1 s..100 years")
+        if self.max_bytes < 0 or not 0.05 <= self.interval_s <= 3600:
+            raise ValueError("max_bytes must not be negative, and interval_s lie in 0.05..3600")
+
+
 class Pe(Section, frozen=True):
     directory: str = ""
     """Where ``cdp pe build`` puts the PE's kernel and initramfs. Empty: ``pe`` inside ``directory``."""
@@ -86,6 +116,8 @@ class Config(Section, frozen=True):
     limits: Limits = Limits()
     tls: Tls = Tls()
     store: StoreFiles = StoreFiles()
+    dedup: Dedup = Dedup()
+    retention: Retention = Retention()
     pe: Pe = Pe()
 
     def __post_init__(self) -> None:

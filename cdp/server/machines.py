@@ -25,24 +25,23 @@ from cdp.server.messages import (
 )
 from cdp.store.errors import UnknownMachine, UnknownPosition
 from journal import wire
-from journal.errors import BadRequest, NotProtected
+from journal.errors import BadRequest, CdpError, NotProtected
 from journal.position import Position
 from journal.segment import Flags
 from standby.spec import MachineSpec
 
 if TYPE_CHECKING:
     from cdp.server.control import Hub, PeerState
-    from cdp.store import Store
+    from cdp.server.retention_messages import RetentionStatus
+    from cdp.store import Store, Usage
 
 Side = Literal["source", "standby"]
+Prefill = Literal["open", "none", "filled"]
 
 CONSUMER: Final = "standby"
 """The name of the standby's cursor."""
 LAG_S_WARNING: Final = 15.0
 """A healthy machine is one to three seconds behind; this is well past any hiccup."""
-
-JOURNAL_KEPT: Final = 20.0
-"""So counting costs at most a twentieth of a core, however often somebody looks."""
 
 _SPEC = msgspec.json.Decoder(MachineSpec)
 
@@ -58,7 +57,7 @@ class Ownership(Protocol):
 
 class Machines:
     """``takeovers``: who owns the machine, and its newest takeover; ``domain_state``: the hypervisor's word, from a
-    cache, because asking may take seconds."""
+    cache, because asking may take seconds; ``prefill``: see ``wire.MachineState``."""
 
     def __init__(
         self,
@@ -67,15 +66,18 @@ class Machines:
         *,
         takeovers: Ownership,
         domain_state: Callable[[uuid.UUID], str],
+        prefill: Callable[[uuid.UUID], Prefill] = lambda _: "none",
+        retention: Callable[[uuid.UUID, Usage], RetentionStatus] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._hub = hub
         self._takeovers = takeovers
         self._domain_state = domain_state
+        self._prefill = prefill
+        self._retention = retention
         self._clock = clock
         self._disk_problems: dict[uuid.UUID, DisksChanged] = {}
-        self._journals: dict[uuid.UUID, tuple[float, JournalStatus]] = {}
 
     # --- specification and side ---------------------------------------------------------------------------------------
     def spec(self, machine: uuid.UUID) -> MachineSpec | None:
@@ -120,7 +122,7 @@ class Machines:
     def forget(self, machine: uuid.UUID) -> None:
         self._store.settings.delete(f"spec/{machine}")
         self._disk_problems.pop(machine, None)
-        self._journals.pop(machine, None)
+        self._store.settings.delete(f"retention/{machine}")
 
     # --- disks --------------------------------------------------------------------------------------------------------
     def report_disks(self, machine: uuid.UUID, disks: list[wire.DiskInfo]) -> None:
@@ -151,7 +153,9 @@ class Machines:
 
     # --- state --------------------------------------------------------------------------------------------------------
     def check_replica(self, machine: uuid.UUID) -> None:
-        """Raise ``ReplicaInUse`` unless a PE may read the history in order to write it to the standby's disks."""
+        """Raise ``ReplicaInUse`` or ``PrefillUnsettled`` unless a PE may read the history in order to write it to the
+        standby's disks."""
+        self._store.check_settled(machine)
         self._takeovers.check_replica(machine)
 
     def wire_state(self, machine: uuid.UUID) -> wire.MachineState:
@@ -170,6 +174,7 @@ class Machines:
             fenced=self._takeovers.side_of(machine) != "source",
             disks=held.disks,
             service_addresses=list(spec.service_addresses),
+            prefill=self._prefill(machine),
         )
 
     def status(self, machine: uuid.UUID) -> MachineStatus:
@@ -184,6 +189,7 @@ class Machines:
         fuzzy = spec is not None and self._fuzzy(machine, point)
         reason = report.fuzzy_reason if isinstance(report, wire.AgentReport) else ""
         side = self._takeovers.side_of(machine)
+        usage = self._store.usage(machine)
         status = MachineStatus(
             machine=str(machine),
             name=held.name,
@@ -196,7 +202,8 @@ class Machines:
             fuzzy_reason=reason if fuzzy else "",
             recovery_point=None if point is None else str(point),
             recovery_point_at_s=self._sealed_at_s(machine, point),
-            journal=self._journal(machine),
+            journal=_journal(usage),
+            retention=None if self._retention is None else self._retention(machine, usage),
             agent=agent,
             standby=standby,
             standby_state=self._standby_state(machine, standby),
@@ -254,23 +261,6 @@ class Machines:
         except UnknownPosition:
             return None
 
-    def _journal(self, machine: uuid.UUID) -> JournalStatus:
-        """Counting a long journal takes a while, so the answer is kept for a multiple of the time that it took."""
-        held = self._journals.get(machine)
-        started = time.monotonic()
-        if held is not None and started < held[0]:
-            return held[1]
-        usage = self._store.usage(machine)
-        status = JournalStatus(
-            segment_bytes=usage.segment_bytes,
-            file_bytes=usage.file_bytes,
-            oldest_s=None if usage.oldest_ns is None else usage.oldest_ns / 1e9,
-            newest_s=None if usage.newest_ns is None else usage.newest_ns / 1e9,
-        )
-        done = time.monotonic()
-        self._journals[machine] = (done + JOURNAL_KEPT * (done - started), status)
-        return status
-
     def _replica(self, machine: uuid.UUID) -> PeerStatus:
         """The agent inside the standby that has taken over."""
         state = self._hub.state(machine, "taken-over")
@@ -318,10 +308,34 @@ class Machines:
                 problems.append(f"No recovery point can be offered now: {status.fuzzy_reason or 'seeding'}.")
             if status.standby is not None and not status.standby.connected:
                 problems.append("The standby is not connected.")
+        problems = _store_problems(self._store.refusal(machine), status.retention) + problems
         for who, peer in (("agent", status.agent), ("standby", status.standby)):
             if peer is not None and peer.error is not None:
                 problems.append(f"The {who} reports: {peer.error.get('sentence', 'an error')}")
         return problems
+
+
+def _journal(usage: Usage) -> JournalStatus:
+    return JournalStatus(
+        segment_bytes=usage.segment_bytes,
+        file_bytes=usage.file_bytes,
+        oldest_s=None if usage.oldest_ns is None else usage.oldest_ns / 1e9,
+        newest_s=None if usage.newest_ns is None else usage.newest_ns / 1e9,
+    )
+
+
+def _store_problems(refusal: CdpError | None, retention: RetentionStatus | None) -> list[str]:
+    """Why nothing is stored, and why less is folded than the policy wants."""
+    problems = []
+    if refusal is not None:
+        problems.append(f"The store refuses what the agent sends: {refusal.sentence} {refusal.remedy}")
+    if retention is None:
+        return problems
+    if retention.error is not None:
+        problems.append(f"Retention fails: {retention.error.get('sentence', 'an error')}")
+    if retention.held_by:
+        problems.append(f"Retention is held back. {retention.held_by} {retention.remedy}")
+    return problems
 
 
 def _peer(state: PeerState, told: str) -> dict[str, Any]:

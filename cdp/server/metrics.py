@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cdp.server.messages import MachineStatus
+from cdp.server.retention_messages import RetentionStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -30,6 +31,9 @@ class Counters:
         self._segments = Counter("cdp_ingest_segments", "Stored segments.", ["machine"], registry=self.registry)
         self._duplicates = Counter(
             "cdp_ingest_duplicates", "Segments that were stored already.", ["machine"], registry=self.registry
+        )
+        self._deduplicated = Counter(
+            "cdp_dedup_bytes", "Not sent, because the server had it.", ["machine"], registry=self.registry
         )
         self._seconds = Histogram(
             "cdp_ingest_store_seconds",
@@ -48,8 +52,11 @@ class Counters:
             self._bytes.labels(label).inc(length)
         self._seconds.observe(took_s)
 
+    def deduplicated(self, machine: uuid.UUID, length: int) -> None:
+        self._deduplicated.labels(str(machine)).inc(length)
+
     def forget(self, machine: uuid.UUID) -> None:
-        for metric in (self._bytes, self._segments, self._duplicates):
+        for metric in (self._bytes, self._segments, self._duplicates, self._deduplicated):
             _drop(metric, str(machine))
 
 
@@ -161,6 +168,26 @@ class _Families:
         self._gauge(
             "cdp_journal_oldest_timestamp_seconds", "The oldest stored segment.", journal.oldest_s, machine=name
         )
+        if status.retention is not None:
+            self._retention(name, status.retention)
+
+    def _retention(self, name: str, kept: RetentionStatus) -> None:
+        for metric, text, value in (
+            ("cdp_retention_folded_segments", "Segments folded into the base image.", kept.folded_segments),
+            ("cdp_retention_freed_bytes", "Disk space of segment files that was given back.", kept.freed_bytes),
+            ("cdp_retention_fold_seconds", "Time spent folding.", kept.fold_s),
+        ):
+            self._counter(metric, text, float(value), machine=name)
+        held = float(bool(kept.held_by) or kept.error is not None)
+        self._gauge("cdp_retention_held", "1 while less is folded than the policy wants.", held, machine=name)
+        self._gauge(
+            "cdp_journal_forecast_seconds",
+            "What the journal will hold at today's rate.",
+            kept.will_hold_s,
+            machine=name,
+        )
+        if "cdp_store_free_bytes" not in self._held:
+            self._gauge("cdp_store_free_bytes", "Free on the store's filesystem.", float(kept.store_free_bytes))
 
     def _agent(self, status: MachineStatus) -> None:
         name, agent = status.name, status.agent

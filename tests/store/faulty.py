@@ -46,6 +46,8 @@ class FaultyFiles:
         self._dead = True
         for path, writes in self._unsynced.items():
             keep = self._random.choice((0.0, 0.5, 1.0))
+            if not path.exists():
+                continue  # its whole directory was removed
             handle = self._real.open(path, write=True)
             for offset, data in writes:
                 for at in range(0, len(data), SECTOR_BYTES):
