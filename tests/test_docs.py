@@ -19,6 +19,7 @@ from cdp.agent.status import Status
 from cdp.cli.main import cli
 from cdp.server import messages as m
 from cdp.server.metrics import Counters, StatusCollector
+from cdp.server.retention_messages import RetentionPolicy, RetentionStatus
 from journal.wire import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,7 @@ def server_metrics() -> set[str]:
         recovery_point=None,
         recovery_point_at_s=1.0,
         journal=m.JournalStatus(segment_bytes=1, file_bytes=1, oldest_s=1.0, newest_s=1.0),
+        retention=RetentionStatus(policy=RetentionPolicy(), is_default=True, will_hold_s=1.0),
         agent=msgspec.convert(peer | {"resyncs": {"seed": 1}}, m.AgentStatus, from_attributes=True),
         standby=msgspec.convert(peer, m.StandbyStatus, from_attributes=True),
         standby_state="ready",

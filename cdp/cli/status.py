@@ -9,6 +9,7 @@ import click
 
 from cdp.cli.client import Client, connect, name_in
 from cdp.cli.errors import ServerUnreachable
+from cdp.cli.retention import summary
 from cdp.cli.show import age, console, json_option, moment, print_json, size, table
 from cdp.server import messages as m
 from journal.wire import Progress
@@ -119,6 +120,8 @@ def _machine(one: m.MachineStatus) -> RenderableType:
         journal = one.journal
         span = None if journal.oldest_s is None or journal.newest_s is None else journal.newest_s - journal.oldest_s
         parts.append(f"journal  {size(journal.segment_bytes)} over {age(span)}, {size(journal.file_bytes)} on disk")
+        if one.retention is not None:
+            parts.append(f"  {summary(one.retention)}")
     parts.append(_peer("agent", one.agent))
     if one.agent.lost_events:
         parts.append(f"  writes not captured, and resynchronised: {one.agent.lost_events}")

@@ -124,6 +124,13 @@ class StateDirectoryInvalid(CdpError):
     code = "state-directory-invalid"
 
 
+class PolicyInvalid(CdpError):
+    """A retention policy that this store cannot keep."""
+
+    code = "policy-invalid"
+    http_status = 400
+
+
 class ListenFailed(CdpError):
     """The server's port cannot be listened at."""
 

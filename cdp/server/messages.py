@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from cdp.server.retention_messages import RetentionStatus
 from journal.wire import DiskInfo, Progress, Struct
 from standby.spec import Deadlines, MachineSpec, Probe, QuiesceMode, SourceDomain, StandbySpec
 
@@ -206,6 +207,7 @@ class MachineStatus(Struct):
     recovery_point: str | None
     recovery_point_at_s: float | None
     journal: JournalStatus
+    retention: RetentionStatus | None
     agent: AgentStatus
     standby: StandbyStatus | None
     standby_state: str

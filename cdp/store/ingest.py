@@ -15,7 +15,7 @@ import uuid
 
 import numpy as np
 
-from cdp.store.errors import StoreFull, UnknownDisk
+from cdp.store.errors import StoreFailed, StoreFull, UnknownDisk
 from cdp.store.index import disk_error
 from cdp.store.machines import Machines
 from cdp.store.record import pack_record, record_bytes
@@ -23,6 +23,7 @@ from cdp.store.records import Entry, Machine
 from cdp.store.state import MachineState
 from journal.chain import Verdict, check_machine, judge
 from journal.decoder import Segment, decode
+from journal.errors import CdpError
 from journal.extent import Extents
 from journal.position import Position
 
@@ -43,9 +44,14 @@ class Ingest(Machines):
             if judge(segment.header, state.tip, lambda seq: self._digest_at(state, seq)) is Verdict.DUPLICATE:
                 return segment.header.position, True
             _check_extents(state.machine, segment.extents)
-            self.check_accepting()
-            entry = self._append(state, segment)
+            try:
+                self.check_accepting()
+                entry = self._append(state, segment)
+            except (StoreFull, StoreFailed) as error:
+                state.refusal = error
+                raise
             with state.lock:
+                state.refusal = None
                 state.end += entry.record_bytes
                 state.file_segments += 1
                 state.pending[entry.header.seq] = entry
@@ -55,6 +61,10 @@ class Ingest(Machines):
                 state.check()
         self.added_pending()
         return segment.header.position, False
+
+    def refusal(self, machine: uuid.UUID) -> CdpError | None:
+        """Why the newest segment that was sent could not be stored; None once one has been."""
+        return self.state(machine).refusal
 
     def _append(self, state: MachineState, segment: Segment) -> Entry:
         """Write the record behind the last one and sync it; counts only once the caller has moved ``end``."""

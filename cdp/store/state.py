@@ -15,6 +15,7 @@ from typing import Final
 
 from cdp.store.record import ALIGN_BYTES
 from cdp.store.records import Base, Entry, Generation, Machine, SegmentFile, Span
+from journal.errors import CdpError
 from journal.position import SEQ_MAX, Position
 
 WHOLE: Final = SEQ_MAX
@@ -41,6 +42,8 @@ class MachineState:
     end: int = 0
     file_segments: int = 0
     pending: dict[int, Entry] = field(default_factory=dict)
+    refusal: CdpError | None = None
+    """Why the newest segment could not be stored; None once one has been."""
     first_point_ns: int | None = None
     """The oldest recovery point while there is no base image, once it has been looked up."""
     lost_after: Position | None = None
