@@ -14,12 +14,13 @@ class CdpError(Exception):
 
     ``code``        stable, kebab-case; part of the API.
     ``transient``   True if the same request may succeed later without anybody changing anything.
+                    It crosses with the error, so that the other side need not know the class.
     ``http_status`` what the server answers when this error ends a request.
     ``fields``      the values behind the sentence, JSON-serialisable.
     """
 
-    code: ClassVar[str] = "error"
-    transient: ClassVar[bool] = False
+    code: str = "error"
+    transient: bool = False
     http_status: ClassVar[int] = 500
 
     def __init__(self, sentence: str, *, remedy: str = "", **fields: Any) -> None:
@@ -33,7 +34,13 @@ class CdpError(Exception):
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON body that the server answers with, and that ``wire.raise_remote`` turns back into an error."""
-        return {"code": self.code, "sentence": self.sentence, "remedy": self.remedy, "fields": self.fields}
+        return {
+            "code": self.code,
+            "sentence": self.sentence,
+            "remedy": self.remedy,
+            "fields": self.fields,
+            "transient": self.transient,
+        }
 
 
 class SegmentDamaged(CdpError):
@@ -107,9 +114,47 @@ class BadRequest(CdpError):
     http_status = 400
 
 
+class DrainNotYet(CdpError):
+    """The standby cannot stop at a position before its disks are consistent again: it is still comparing them."""
+
+    code = "drain-not-yet"
+    transient = True
+    http_status = 409
+
+
+class NotInjected(CdpError):
+    """The PE was told to start the system, but has not changed it for this takeover: it was restarted since."""
+
+    code = "not-injected"
+    http_status = 409
+
+
 class Unavailable(CdpError):
     """The server cannot answer just now: it is shutting down or at a limit."""
 
     code = "unavailable"
     transient = True
     http_status = 503
+
+
+class PrefillClosed(CdpError):
+    """Something is stored of the machine, or its preparation was ended: its genesis does not change any more."""
+
+    code = "prefill-closed"
+    http_status = 409
+
+
+class PrefillRestarted(CdpError):
+    """The key is of an earlier beginning, whose work is gone: the server was restarted, or another agent began."""
+
+    code = "prefill-restarted"
+    transient = True
+    http_status = 409
+
+
+class PrefillUnsettled(CdpError):
+    """The image of a machine of which nothing is stored may still change: nobody may copy it yet."""
+
+    code = "prefill-unsettled"
+    transient = True
+    http_status = 409

@@ -100,11 +100,12 @@ class PeCalls(_Peer):
 
     def seen(self, machine: str) -> Seen[StandbyReport]:
         key = uuid.UUID(machine)
-        report = self._hub.state(key, "pe").report
+        state = self._hub.state(key, "pe")
         return Seen(
             connected=self._hub.is_connected(key, "pe"),
             silent_s=self._silent_s(key),
-            report=report if isinstance(report, StandbyReport) else None,
+            report=state.report if isinstance(state.report, StandbyReport) else None,
+            boot_id=None if state.hello is None else state.hello.boot_id,
         )
 
     async def drain(self, machine: str, takeover: str, position: Position) -> Position:

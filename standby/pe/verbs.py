@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from journal.errors import BadRequest
+from journal.errors import BadRequest, NotInjected
 from journal.position import Position
 from standby.pe.injection import InjectSpec
 from standby.replay.follow import Follower
@@ -105,7 +105,7 @@ class Verbs:
     async def finish_boot(self, raw: dict[str, Any]) -> dict[str, Any]:
         args = _parsed(raw, _Args)
         if args.takeover not in self._injected:
-            raise BadRequest("Nothing was injected for this takeover.", remedy="Call inject first.")
+            raise NotInjected("Nothing was injected for this takeover.", remedy="Drain and inject first.")
         self.leaving = True
         return {}
 

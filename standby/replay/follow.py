@@ -27,15 +27,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from journal.errors import CdpError
+from journal.errors import CdpError, DrainNotYet
 from journal.extent import Extents
 from journal.position import Position
 from journal.segment import Header
-from journal.wire import FeedAnswer, FeedEntry, Progress
+from journal.wire import FeedAnswer, FeedEntry
 from standby.replay.ahead import Ahead
 from standby.replay.apply import Applier
 from standby.replay.cursor import resume_from
@@ -53,7 +52,7 @@ from standby.replay.ports import (
 )
 from standby.replay.retry import pause_s, undamaged
 from standby.replay.seed import Seeder
-from standby.replay.states import TURNS, State
+from standby.replay.states import TURNS, State, Status
 from standby.replay.verify import verify_next
 
 _POLL_S: Final = 20.0
@@ -61,20 +60,6 @@ _POLL_S: Final = 20.0
 _SEEDS_AGAIN: Final = "The standby seeds again by itself, fetching only what differs."
 _ACK_S: Final = 1.0
 """While catching up, flush and write the cursor this often: what a killed process applies again at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """``sealed_at_ns`` is that of ``applied``, None before the first segment. ``backlog_bytes``: what the last feed
-    answer held and is not applied yet. ``error``: of the last try, None once one succeeded."""
-
-    state: State
-    applied: Position | None
-    consistent: bool
-    sealed_at_ns: int | None
-    backlog_bytes: int
-    progress: Progress | None
-    error: CdpError | None
 
 
 class Follower:
@@ -129,7 +114,8 @@ class Follower:
     async def drain(self, target: Position | None) -> Position:
         """Apply up to exactly ``target`` (None: the newest recovery point) and stop there. Idempotent.
 
-        Raises ``DrainRefused`` if that cannot be done; may be cancelled, the drain then goes on.
+        Raises ``DrainRefused`` if that cannot be done, ``DrainNotYet`` while the disks are still made equal; may be
+        cancelled, the drain then goes on.
         """
         if target is None:
             newest = (await self._transport.state()).recovery_point
@@ -140,7 +126,10 @@ class Follower:
             return target
         if self._lent:
             raise _refused("The disks were handed over already.")
-        if self._consistent_from is None or target < self._consistent_from:
+        if self._consistent_from is None:
+            self._wake.set()  # somebody waits: no pause before the next try
+            raise _not_yet(f"The standby's disks are not consistent yet: it is {self._state}.", self._error)
+        if target < self._consistent_from:
             raise _refused(f"The standby's disks are not consistent at {target.short}: it is {self._state}.")
         if self._applied is not None and target < self._applied:
             raise _refused(f"{self._applied.short} is applied already, which is later than {target.short}.")
@@ -154,9 +143,12 @@ class Follower:
         return await asyncio.shield(self._drained)
 
     async def lend(self) -> None:
-        """Hand the drained disks over to somebody who writes to them; durable before this returns. Idempotent."""
+        """Hand the drained disks over to somebody who writes to them; durable before this returns. Idempotent.
+
+        Raises ``DrainNotYet`` if they are not: whoever was told that they are spoke to a process that has ended since.
+        """
         if self._state != "drained":
-            raise _refused(f"Only drained disks can be handed over; replay is {self._state}.")
+            raise _not_yet(f"Only drained disks can be handed over; replay is {self._state}.")
         self._lent = True
         await self._transport.forget()
         self._check()
@@ -353,7 +345,7 @@ class Follower:
 
     def _lose(self) -> None:
         """The disks are in no known state any more."""
-        self._fail_drain(_refused("The disks are in no known state any more; the standby has to seed again."))
+        self._fail_drain(_not_yet("The disks are in no known state any more; the standby compares them again."))
         self._target = self._drained = None
         self._applied = self._applied_header = self._consistent_from = self._unacked = self._torn = None
         self._consistent = self._at_point = False
@@ -397,3 +389,8 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
 
 def _refused(sentence: str) -> DrainRefused:
     return DrainRefused(sentence, remedy="See 'cdp status' for where the standby is; try again once it is following.")
+
+
+def _not_yet(sentence: str, because: CdpError | None = None) -> DrainNotYet:
+    remedy = "It goes on by itself; try again, and see 'cdp status' for how far it is."
+    return DrainNotYet(sentence if because is None else f"{sentence} {because.sentence}", remedy=remedy)

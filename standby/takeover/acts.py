@@ -11,6 +11,7 @@ from journal.errors import CdpError
 from journal.position import Position
 from standby.takeover import fence
 from standby.takeover.errors import NotReady, SourceAlive, WrongPosition
+from standby.takeover.injection import Injection
 from standby.takeover.plan import NEVER_CANCELLED, lease_s
 from standby.takeover.ports import Ports
 from standby.takeover.record import TakeoverRecord
@@ -35,11 +36,12 @@ PREPARED = "kexec_ready"
 class Acts:
     """The acts of one takeover."""
 
-    def __init__(self, record: TakeoverRecord, ports: Ports) -> None:
+    def __init__(self, record: TakeoverRecord, ports: Ports, save: Callable[[], Awaitable[None]]) -> None:
         self._record = record
         self._ports = ports
         self._spec = record.spec
         self._machine = record.machine
+        self._injection = Injection(record, ports, save)
         self._table: dict[Act, Callable[[], Awaitable[Evidence]]] = {
             Act.CHECK: self._check,
             Act.QUIESCE: self._quiesce,
@@ -220,7 +222,8 @@ class Acts:
 
     async def _inject(self) -> Evidence:
         await self._drain()  # a PE that was restarted since is at the cut, but not drained
-        return {"injected": await self._ports.pe.inject(self._machine, self._record.id, self._spec)}
+        injected = await self._ports.pe.inject(self._machine, self._record.id, self._spec)
+        return {"injected": injected} | self._injection.made()
 
     async def _take_address(self) -> Evidence:
         addresses = self._spec.service_addresses
@@ -236,7 +239,7 @@ class Acts:
         if again and not self._ports.pe.seen(self._machine).connected:
             return {"assumed": "the PE left before the controller was restarted"}
         try:
-            await self._ports.pe.finish_boot(self._machine, self._record.id)
+            await self._injection.start()
         except (CdpError, OSError, TimeoutError) as error:
             if isinstance(error, CdpError) and not error.transient:
                 raise
@@ -248,7 +251,9 @@ class Acts:
     async def _probe(self) -> Evidence:
         """Every probe answers at every service address; without probes, the replicated agent says that it is up."""
         waiting = "the replicated agent has not reported"
+        began_s = self._ports.clock.monotonic_s()
         while True:
+            await self._injection.check_left(self._ports.clock.monotonic_s() - began_s)
             self._check_pe_alive()
             up = self._ports.agent.system_up(self._machine, self._record.id)
             seen = await self._not_serving()
@@ -257,7 +262,7 @@ class Acts:
             waiting = seen or waiting
             last = self._record.last(Act.PROBE)
             if last is not None:
-                last.evidence = {"waiting_for": waiting}
+                last.evidence |= {"waiting_for": waiting}
             await self._ports.clock.sleep(PROBE_POLL_S)
 
     async def _not_serving(self) -> str | None:
@@ -270,6 +275,8 @@ class Acts:
     def _check_pe_alive(self) -> None:
         """A PE that is still there and says that it failed will not boot by itself."""
         seen = self._ports.pe.seen(self._machine)
+        if self._record.pending(Act.REDEFINE):
+            return  # it may only have been restarted, which is asked when this is over
         if seen.connected and seen.report is not None and seen.report.state == "failed" and seen.silent_s < 1.0:
             error = seen.report.error or {}
             raise NotReady(

@@ -195,7 +195,7 @@ class TakeoverController:
         From then on they hold what nobody else has: whatever boots on them, replay must not write to them.
         """
         for record in self.of_machine(machine):
-            if record.begun(Act.FINISH_BOOT):
+            if record.stands(Act.FINISH_BOOT):
                 return not record.done(Act.STOP_STANDBY)
         return False
 

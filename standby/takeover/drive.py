@@ -15,7 +15,7 @@ from typing import Any
 
 from journal.errors import CdpError
 from standby.takeover.acts import Acts, describe
-from standby.takeover.errors import PhaseDeadline
+from standby.takeover.errors import PhaseDeadline, Unprepared
 from standby.takeover.plan import (
     Cancel,
     Observed,
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 BACKOFF_S, BACKOFF_S_MAX = 0.1, 2.0
 """Between repetitions of an act that failed in a way that may pass. Short at first: this is downtime."""
+UNPREPARED_MAX = 4
+"""Restarts of the PE between injection and kexec that are followed by another try; more are no accident."""
 REPEATS_MAX = 1000
 """Bounds the acts without a deadline; the others end by theirs long before."""
 
@@ -61,7 +63,7 @@ class Drive:
         self._record = record
         self._ports = ports
         self._save = save
-        self._acts = Acts(record, ports)
+        self._acts = Acts(record, ports, self._store)
         self._running: dict[Act, asyncio.Task[None]] = {}
         self._news: asyncio.Queue[_Result | None] = asyncio.Queue()
 
@@ -139,6 +141,8 @@ class Drive:
         entry.evidence = result.evidence or entry.evidence
         entry.ended_s = self._ports.clock.now_s()
         entry.elapsed_s = round(result.elapsed_s, 6)
+        if result.outcome is Outcome.UNPREPARED:
+            record.unprepare()
         if result.act is Act.CUT and result.outcome is Outcome.DONE:
             record.cut = str(result.evidence["position"])
 
@@ -173,9 +177,10 @@ class Drive:
             evidence = await self._attempt(act)
         except Exception as problem:
             # Whatever it is, a defect included, the record has to say so and the source must be given back.
+            again = isinstance(problem, Unprepared) and self._record.unprepared_in_a_row(act) < UNPREPARED_MAX
             if not isinstance(problem, CdpError | OSError):
                 log.exception("takeover %s: %s failed unexpectedly", self._record.id, act)
-            outcome, error = Outcome.FAILED, describe(problem)
+            outcome, error = Outcome.UNPREPARED if again else Outcome.FAILED, describe(problem)
         elapsed_s = self._ports.clock.monotonic_s() - start
         self._news.put_nowait(_Result(act, entry, outcome, evidence, error, elapsed_s))
 

@@ -59,6 +59,18 @@ class PhaseDeadline(CdpError):
     code = "phase-deadline"
 
 
+class Unprepared(CdpError):
+    """The PE was restarted after the injection; nothing was started, all of it is done again."""
+
+    code = "unprepared"
+
+
+class StandbyReset(CdpError):
+    """The standby was reset after it may have been started: only a person can tell what its disks hold."""
+
+    code = "standby-reset"
+
+
 class WrongPosition(CdpError):
     """A side reports another position than the one it had to reach."""
 

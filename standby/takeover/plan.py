@@ -26,6 +26,11 @@ Invariants, checked by ``check_invariants`` after every change of a record:
 5. The cut never changes once the generation on top of it has been begun.
 6. An undo or a rollback belongs to a planned takeover: an unplanned one has no source to return to.
 7. A record at rest has no intent without a result, but for acts that the service does not need.
+8. The disks are drained and changed (again) only while the replicated system has surely not been started from them.
+
+A PE that was restarted between its injection and its kexec has forgotten what it had prepared. If it is certain that
+the replicated system was not started meanwhile (``injection``), all that was done in the PE becomes *unprepared*, and
+the same graph leads through drain and injection once more.
 """
 
 from __future__ import annotations
@@ -235,10 +240,11 @@ def check_invariants(record: TakeoverRecord) -> None:
         and not (undo and not begun(Act.TAKE_ADDRESS))
         and not (rollback and done(Act.STOP_STANDBY) and done(Act.GENERATION_BACK)),
         3: (undo and done(Act.GENERATION)) or (rollback and not begun(Act.GENERATION)),
-        4: begun(Act.INJECT) and not (done(Act.DRAIN) and done(Act.GENERATION)),
+        4: record.stands(Act.INJECT) and not (done(Act.DRAIN) and done(Act.GENERATION)),
         5: begun(Act.GENERATION) and record.cut is None,
         6: (undo or rollback) and record.mode is Mode.UNPLANNED,
         7: record.state in AT_REST and any(record.pending(act) for act in Act if act not in OPTIONAL),
+        8: record.stands(Act.FINISH_BOOT) and (record.pending(Act.DRAIN) or record.pending(Act.INJECT)),
     }
     wrong = [number for number, is_broken in broken.items() if is_broken]
     if wrong or len(record.entries) > ENTRIES_MAX:
@@ -254,7 +260,7 @@ def _startable(record: TakeoverRecord, act: Act) -> bool:
     entry = record.last(act)
     if entry is None:
         return True
-    return entry.outcome in (Outcome.INTERRUPTED, Outcome.CANCELLED, Outcome.RETRIED)
+    return entry.outcome in (Outcome.INTERRUPTED, Outcome.CANCELLED, Outcome.RETRIED, Outcome.UNPREPARED)
 
 
 def _trouble(record: TakeoverRecord, now_s: float) -> dict[str, Any] | None:

@@ -19,11 +19,13 @@ Report = TypeVar("Report")
 
 @dataclass(frozen=True, slots=True)
 class Seen(Generic[Report]):
-    """The last report of a peer and its age. ``silent_s`` counts from the server's start if there never was one."""
+    """The last report of a peer and its age. ``silent_s`` counts from the server's start if there never was one.
+    ``boot_id`` names the run of the kernel that the peer spoke from last: a kexec or a reset gives another one."""
 
     connected: bool
     silent_s: float
     report: Report | None = None
+    boot_id: str | None = None
 
 
 class AgentPort(Protocol):
@@ -76,7 +78,7 @@ class PePort(Protocol):
         ...
 
     async def finish_boot(self, machine: str, takeover: str) -> None:
-        """Returns just before kexec."""
+        """Returns just before kexec. ``NotInjected`` if the PE's process knows of no injection."""
         ...
 
 

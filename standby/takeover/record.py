@@ -15,7 +15,18 @@ import msgspec
 from journal.position import Position
 from standby.spec import MachineSpec
 from standby.takeover.errors import RecordDamaged
-from standby.takeover.states import AT_REST, PHASE_OF, PHASES, Act, Direction, Mode, Outcome, State, check_transition
+from standby.takeover.states import (
+    AT_REST,
+    IN_PE,
+    PHASE_OF,
+    PHASES,
+    Act,
+    Direction,
+    Mode,
+    Outcome,
+    State,
+    check_transition,
+)
 
 RECORD_FORMAT = 1
 ENTRIES_MAX = 1000
@@ -104,6 +115,20 @@ class TakeoverRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """An intent without a result."""
         return (entry := self.last(act)) is not None and entry.outcome is None
 
+    def stands(self, act: Act) -> bool:
+        """It was begun, and it is not known for sure that nothing of it is left. If that is the kexec, the standby's
+        disks may hold what nobody else has: whatever boots on them, replay must not write there."""
+        return (entry := self.last(act)) is not None and entry.outcome is not Outcome.UNPREPARED
+
+    def unprepared_in_a_row(self, act: Act) -> int:
+        """Attempts at ``act`` that found a restarted PE, since somebody last asked to try again."""
+        count = 0
+        for entry in reversed(self.entries):
+            if entry.act is act and entry.outcome is Outcome.RETRIED:
+                break
+            count += entry.act is act and entry.outcome is Outcome.UNPREPARED
+        return count
+
     @property
     def cut_position(self) -> Position | None:
         return None if self.cut is None else Position.parse(self.cut)
@@ -170,6 +195,12 @@ class TakeoverRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for entry in {entry.act: entry for entry in self.entries}.values():
             if entry.outcome is Outcome.FAILED:
                 entry.outcome = Outcome.RETRIED
+
+    def unprepare(self) -> None:
+        """The PE was restarted and nothing was started: what was done in it is to be done again."""
+        for act in IN_PE:
+            if (entry := self.last(act)) is not None and entry.outcome is Outcome.DONE:
+                entry.outcome = Outcome.UNPREPARED
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)

@@ -84,13 +84,15 @@ class Act(StrEnum):
 
 class Outcome(StrEnum):
     """``interrupted``: the controller died meanwhile; ``cancelled``: given up because another act failed;
-    ``retried``: failed, but somebody asked to try again. These three may be begun again."""
+    ``retried``: failed, but somebody asked to try again; ``unprepared``: the PE was restarted, what the act had done is
+    gone, and the replicated system has surely not been started. These four may be begun again."""
 
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
     RETRIED = "retried"
+    UNPREPARED = "unprepared"
 
 
 PHASES = (
@@ -127,6 +129,9 @@ PHASE_OF: dict[Act, State] = {
 }
 """Unfence and thaw serve a rollback too; the timeline then counts them there."""
 
+IN_PE = (Act.DRAIN, Act.INJECT, Act.TAKE_ADDRESS, Act.FINISH_BOOT, Act.PROBE, Act.REDEFINE)
+"""What has to be done again when the PE was restarted between its injection and its kexec."""
+
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CHECK: frozenset({State.QUIESCE, State.FENCE, State.FAILED}),
     State.QUIESCE: frozenset({State.SEAL, State.UNDOING, State.FAILED}),  # failed: cancelled before it began
@@ -135,8 +140,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.DRAIN: frozenset({*PHASES[5:], State.ROLLING_BACK}),
     State.INJECT: frozenset({*PHASES[6:], State.ROLLING_BACK}),
     State.IP_DRIFT: frozenset({*PHASES[7:], State.ROLLING_BACK}),
-    State.FINISH_BOOT: frozenset({State.PROBE, State.ROLLING_BACK}),
-    State.PROBE: frozenset({State.RUNNING, State.ROLLING_BACK}),
+    State.FINISH_BOOT: frozenset({State.DRAIN, State.PROBE, State.ROLLING_BACK}),  # drain: the PE was restarted
+    State.PROBE: frozenset({State.DRAIN, State.RUNNING, State.ROLLING_BACK}),
     State.RUNNING: frozenset({State.COMMITTED, State.ROLLING_BACK}),
     State.UNDOING: frozenset({State.FAILED}),
     State.ROLLING_BACK: frozenset({State.ROLLED_BACK, State.FAILED}),  # failed: superseded by an unplanned one

@@ -14,7 +14,7 @@ import pytest
 from cdp.server import messages as m
 from cdp.server.errors import ReplicaInUse, StandbyBusy
 from journal import wire
-from journal.errors import StaleGeneration
+from journal.errors import NotInjected, StaleGeneration
 from journal.position import Position
 from standby.takeover.errors import SourceAlive, TakeoverActive
 from tests.harness.wait import wait_until_async
@@ -214,6 +214,61 @@ async def test_a_failure_before_the_fence_leaves_the_source_alone(tmp_path: Path
         state = await site.state()
         assert (state.fenced, state.generation) == (False, 1)
         await site.push()
+
+
+async def test_a_pe_that_restarts_before_the_kexec_is_injected_again(tmp_path: Path) -> None:
+    """It forgets its injection twice: when it is told to start the system, and after it has answered that it will."""
+    async with running(tmp_path) as server:
+        site = await make_site(server)
+        await site.push()
+        told: list[bool] = []
+        verbs = site.pe_verbs()
+
+        async def readable() -> bool:
+            try:
+                await site.pe.ask("GET", wire.FEED.format(machine=site.machine), after=str(site.writer.tip))
+            except ReplicaInUse:
+                return False
+            return True
+
+        async def drain(args: dict[str, Any]) -> dict[str, Any]:
+            if len(told) == 3 and boots == ["boot-1"]:
+                await asyncio.Event().wait()  # its domain was powered off
+            site.done.append("drain")
+            assert await readable(), "a PE that compares gets what it needs for that"
+            return {"applied": args["position"]}
+
+        async def finish_boot(args: dict[str, Any]) -> dict[str, Any]:
+            assert not await readable(), "nothing is replayed onto disks from which the machine may run"
+            told.append("inject" in site.done)
+            site.done.append("finish_boot")
+            if len(told) in (1, 3):
+                raise NotInjected("Nothing was injected for this takeover.")
+            return {}
+
+        boots = ["boot-1"]
+        verbs |= {"drain": drain, "finish_boot": finish_boot}
+        async with connected(server, site.pe, site.machine, "pe", verbs) as pe:
+            await site.ready_standby(pe)
+            record = await site.start(mode="unplanned", source_is_down=True)
+            await wait_until_async(lambda: len(told) == 2, 15, "the kexec that the PE promises")
+            # What a PE reports that came up meanwhile and is given nothing.
+            await pe.report(msgspec.structs.replace(STANDBY_REPORT, state="failed"))
+            await wait_until_async(lambda: len(server.target.configs) == 2, 15, "the domain to boot the PE again")
+        config = server.target.configs[-1]
+        site.pe = server.client(wire.authorization(config.credential, config.secret))
+        boots.append("boot-2")
+        async with connected(server, site.pe, site.machine, "pe", verbs, boot_id=boots[-1]) as pe:
+            await wait_until_async(lambda: len(told) == 4, 15, "the kexec")
+            await pe.socket.close()
+            async with connected(server, site.agent, site.machine, taken_over=record["id"]) as replica:
+                await replica.report(msgspec.structs.replace(AGENT_REPORT, state="taken-over"))
+                record = await site.until(record, "running", "failed")
+        assert record["state"] == "running", record
+        unprepared = [entry["act"] for entry in record["entries"] if entry["outcome"] == "unprepared"]
+        assert unprepared.count("finish-boot") == 2 and "probe" in unprepared
+        once = ["drain", "drain", "inject", "finish_boot"]
+        assert [name for name in site.done if name != "take_address"] == [*once, *once, "finish_boot", *once]
 
 
 async def test_an_unplanned_takeover_wants_evidence(tmp_path: Path) -> None:

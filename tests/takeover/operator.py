@@ -7,9 +7,10 @@ import contextlib
 
 from journal.errors import CdpError
 from standby.takeover.controller import TakeoverController
+from standby.takeover.errors import StandbyReset
 from standby.takeover.record import Options, TakeoverRecord
 from standby.takeover.states import Act, Direction, Mode, State
-from tests.takeover.world import ADDRESS, Broken, Records, World
+from tests.takeover.world import ADDRESS, COMPARISON_TICKS, Broken, Records, World
 
 LIVES_MAX = 60
 """Lives of the controller until a schedule counts as one that never ends."""
@@ -70,6 +71,8 @@ class Operator:
                 assert self.retries_left > 0, f"stalled for good: {record.stalled}"
                 self.retries_left -= 1
                 await asyncio.sleep(5)
+                if record.stalled is not None and record.stalled["code"] == StandbyReset.code:
+                    self.world.boot_from_disk()
                 if record.stalled is not None:
                     await controller.retry(record.id)
             elif record.state is State.RUNNING and self.rolls_back and record.mode is Mode.PLANNED:
@@ -101,7 +104,7 @@ def check_end(world: World, record: TakeoverRecord) -> None:
     world.check()
     assert not world.violations
     source, standby = world.source, world.standby
-    for _ in range(5):
+    for _ in range(2 * COMPARISON_TICKS):
         world.tick()
     assert record.active is False and record.stalled is None
     assert all(entry.outcome is not None for entry in record.entries)

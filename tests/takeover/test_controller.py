@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from standby.takeover.drive import UNPREPARED_MAX
 from standby.takeover.record import Options, TakeoverRecord
-from standby.takeover.states import Act, Mode, State
+from standby.takeover.states import Act, Mode, Outcome, State
 from tests.takeover.operator import Operator, check_end
 from tests.takeover.virtual_time import run
 from tests.takeover.world import Fault, World
@@ -27,12 +28,22 @@ class At:
         return self.numbers.pop(number, None)
 
 
+class Several:
+    """The first of these that has a fault for a call."""
+
+    def __init__(self, *faults: At) -> None:
+        self._faults = faults
+
+    def __call__(self, call: str, number: int) -> Fault | None:
+        return next((fault for one in self._faults if (fault := one(call, number)) is not None), None)
+
+
 def always(call: str, kind: str = "error", when: str = "before") -> At:
     return At(dict.fromkeys(range(1, 500), (kind, when)), call)
 
 
 def take_over(
-    mode: Mode, faults: At | None = None, *, options: Options | None = None, source_dead: bool = False,
+    mode: Mode, faults: At | Several | None = None, *, options: Options | None = None, source_dead: bool = False,
     rolls_back: bool = False, **spec: object,
 ) -> tuple[World, TakeoverRecord]:  # fmt: skip
     async def play() -> tuple[World, TakeoverRecord]:
@@ -129,15 +140,48 @@ def test_unplanned_never_rolls_back() -> None:
     check_end(world, record)
 
 
-@pytest.mark.parametrize(
-    ("call", "when"), [("start_generation", "after"), ("drain", "before"), ("drain", "after"), ("inject", "before")]
-)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["start_generation", "drain", "inject", "take_address", "finish_boot"])
+@pytest.mark.parametrize("kind", ["restart-pe", "reset-pe"])
 @pytest.mark.parametrize("mode", list(Mode))
-def test_a_pe_that_restarted_before_it_was_changed_is_drained_again(mode: Mode, call: str, when: str) -> None:
-    world, record = take_over(mode, At({1: ("restart-pe", when)}, call), source_dead=mode is Mode.UNPLANNED)
-    # Between the drain and the injection of one act it refuses: planned goes back, unplanned is retried.
-    goes_back = mode is Mode.PLANNED and (call, when) == ("inject", "before")
+def test_a_pe_that_restarted_is_drained_and_injected_again(mode: Mode, kind: str, call: str, when: str) -> None:
+    world, record = take_over(mode, At({1: (kind, when)}, call), source_dead=mode is Mode.UNPLANNED)
+    # A reset while it is told leaves it open whether it ran: planned goes back, unplanned a person boots its disk.
+    goes_back = mode is Mode.PLANNED and (kind, call) == ("reset-pe", "finish_boot")
     assert record.state is (State.ROLLED_BACK if goes_back else State.RUNNING), record.reason
+    assert world.calls.count("finish_boot") - 1 <= world.calls.count("inject") <= 2
+    check_end(world, record)
+
+
+def test_a_standby_that_was_reset_after_it_was_told_is_not_written_to() -> None:
+    """It may have run: nobody but a person can tell. Planned goes back; the domain had not been redefined yet."""
+    faults = Several(always("redefine"), At({1: ("reset-pe", "after")}, "finish_boot"))
+    world, record = take_over(Mode.PLANNED, faults)
+    assert record.state is State.ROLLED_BACK and record.reason is not None
+    assert record.reason["code"] == "standby-reset" and world.spec.domain_name in record.reason["remedy"]
+    check_end(world, record)
+
+
+@pytest.mark.parametrize("call", ["save", "destroy", "start_pe", "drain", "inject"])
+def test_a_controller_that_is_killed_while_the_domain_is_switched_back_goes_on(call: str) -> None:
+    """The PE ends between its answer and the kexec, when the domain would boot from its disk already."""
+    for number in range(1, 40):
+        for when in ("before", "after"):
+            kill = At({number: ("kill", when)}, call)
+            world, record = take_over(
+                Mode.UNPLANNED, Several(At({1: ("restart-pe", "after")}, "finish_boot"), kill), source_dead=True
+            )
+            assert record.state is State.RUNNING, record.reason
+            check_end(world, record)
+        if kill.numbers:
+            return
+
+
+def test_a_pe_that_keeps_restarting_stalls_and_a_retry_goes_on() -> None:
+    faults = At(dict.fromkeys(range(1, UNPREPARED_MAX + 4), ("restart-pe", "before")), "finish_boot")
+    world, record = take_over(Mode.UNPLANNED, faults, source_dead=True)
+    assert record.state is State.RUNNING
+    assert [entry.outcome for entry in record.entries if entry.act is Act.FINISH_BOOT].count(Outcome.RETRIED) == 1
     check_end(world, record)
 
 

@@ -21,6 +21,7 @@ from tests.takeover.world import Fault, World
 
 SCENES = ("planned", "planned-without-quiesce", "planned-then-rollback", "no-automatic-rollback", "unplanned")
 KINDS = ("kill", "error", "flaky", "hang")
+PE_KINDS = ("restart-pe", "reset-pe")
 SCHEDULES = int(os.environ.get("CDP_TAKEOVER_SCHEDULES", "1200"))
 
 
@@ -58,7 +59,7 @@ def calls_of(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *PE_KINDS])
 @pytest.mark.parametrize("name", SCENES)
 def test_one_fault_at_every_call(name: str, kind: str, when: str) -> None:
     for number, call in enumerate(calls_of(name), start=1):
@@ -96,7 +97,10 @@ class Random:
         self._random = random.Random(seed)
         self._rate = self._random.choice((0.02, 0.05, 0.15, 0.4))
         self._left = self._random.randint(1, 12)
-        self._kinds = self._random.choice((("kill",), KINDS, ("error", "flaky"), ("kill", "flaky"), (*KINDS, "die")))
+        everything = (*KINDS, *PE_KINDS, "die")
+        self._kinds = self._random.choice(
+            (("kill",), KINDS, ("error", "flaky"), ("kill", "flaky"), PE_KINDS, ("kill", *PE_KINDS), everything)
+        )
 
     def __call__(self, call: str, number: int) -> Fault | None:
         if self._left == 0 or self._random.random() > self._rate:

@@ -8,6 +8,9 @@ address and serves, and remembers what was acknowledged. ``check`` is called aft
     error           before/after           a permanent error, or an answer that is lost for good
     flaky           before/after           a transient error: the connection was lost
     hang            before/after           no answer until the deadline
+    restart-pe      before/after           the PE's process ends; its kernel keeps the addresses
+    reset-pe        before/after           the standby's domain is reset
+    die             before/after           the source is gone
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from typing import Any
 
 from blake3 import blake3
 
-from journal.errors import CdpError
+from journal.errors import CdpError, DrainNotYet, NotInjected
 from journal.position import Position
 from journal.wire import AgentReport, StandbyReport
 from standby.spec import Deadlines, MachineSpec, Probe, SourceDomain, StandbySpec
 from standby.takeover.errors import GenerationConflict
 from standby.takeover.ports import Ports, Seen
+from standby.takeover.record import TakeoverRecord
+from standby.takeover.states import Act
 from tests.takeover.virtual_time import VirtualClock
 
 MACHINE = "6a1d9cf2-1d0c-4c27-9f4b-3a8f5a6b7c8d"
@@ -69,7 +74,8 @@ class Source:
 
 @dataclass
 class Standby:
-    """``mode``: following, drained, injected, booting, up, off."""
+    """``mode``: comparing, following, drained, injected, booting, up, off. ``torn``: the disks are at no position, as a
+    comparison that has begun leaves them. ``boot``: which run of its kernel; ``pe_since_s`` of its process."""
 
     mode: str = "following"
     connected: bool = True
@@ -77,8 +83,17 @@ class Standby:
     rows: set[int] = field(default_factory=set)
     applied: Position | None = None
     boots_from_disk: bool = False
-    pe_restarted: bool = False
+    injected: bool = False
+    """In the memory of the PE's process."""
+    torn: bool = False
+    changed: bool = False
+    """By the injection or by the system that ran: no cursor may vouch for the disks."""
+    compared: int = 0
+    boot: int = 1
 
+
+IN_PE = ("comparing", "following", "drained", "injected")
+COMPARISON_TICKS = 8
 
 Fault = tuple[str, str]
 """``(kind, "before" | "after")``"""
@@ -123,6 +138,7 @@ class World:
             self.acked.add(self.row)
         if self.row % 3 == 0:
             self.push()
+            self.compare()
             self.follow()
 
     def push(self) -> Position:
@@ -133,6 +149,25 @@ class World:
             self.tip = Position(live, self.tip.seq + 1, digest)
             self.stored[self.tip] = frozenset(self.source.written)
         return self.tip
+
+    def compare(self) -> None:
+        """Of a PE that was restarted on disks without a cursor; the server gives it nothing if they may be in use."""
+        standby = self.standby
+        if standby.mode == "comparing" and not self.replica_in_use():
+            standby.torn, standby.compared = True, standby.compared + 3
+            if standby.compared >= COMPARISON_TICKS:
+                standby.mode, standby.torn, standby.changed = "following", False, False
+
+    def cursor_is_good(self) -> bool:
+        return self.cursor is not None and self.cursor.generation == max(self.generations)
+
+    def replica_in_use(self) -> bool:
+        """As the server decides it, by what is stored."""
+        for raw in reversed(self.records.values()):
+            record = TakeoverRecord.decode(raw)
+            if record.stands(Act.FINISH_BOOT):
+                return not record.done(Act.STOP_STANDBY)
+        return False
 
     def follow(self) -> None:
         if self.standby.mode == "following":
@@ -152,6 +187,7 @@ class World:
         source_holds = self.source.alive and self.source.address
         assert not (source_holds and self.standby.address), "two sides hold the service address"
         assert self.forced or not (self.source.fenced and self.source.address), "a fenced source holds the address"
+        assert not (self.standby.torn and self.standby.mode in ("booting", "up")), "booted from torn disks"
         assert set(self.generations) == set(range(1, max(self.generations) + 1)), "a gap between generations"
         if self.standby.mode in ("injected", "booting", "up"):
             assert len(self.generations) > 1, "the standby was changed without a generation of its own"
@@ -166,10 +202,27 @@ class World:
         self.killed = asyncio.Event()
 
     def restart_pe(self) -> None:
-        """Its process; the kernel below keeps the address. It compares, and is at the recovery point again."""
-        if self.standby.mode in ("following", "drained", "injected"):
-            self.standby.mode, self.standby.pe_restarted = "following", True
-            self.apply(self.recovery_point())
+        """Its process; the kernel below keeps the address. Told to start the system, it may end before it does."""
+        standby = self.standby
+        if standby.mode in (*IN_PE, "booting"):
+            standby.mode = "following" if self.cursor_is_good() else "comparing"
+            standby.injected, standby.compared = False, 0
+
+    def reset_pe(self) -> None:
+        """The domain: another kernel, without the address; or the replicated system, if it boots from its disk."""
+        standby = self.standby
+        if standby.mode in (*IN_PE, "booting"):
+            self.restart_pe()
+            standby.boot, standby.address = standby.boot + 1, False
+            if standby.boots_from_disk:
+                standby.mode = "booting"
+                self.check()
+
+    def boot_from_disk(self) -> None:
+        """The operator does what the remedy of ``standby-reset`` says."""
+        if self.standby.mode != "up":
+            self.standby.mode, self.standby.boots_from_disk = "booting", True
+            self.check()
 
     # --- calls ------------------------------------------------------------------------------------------------------
     async def call(self, name: str, effect: Callable[[], Any], *, of: str = "") -> Any:
@@ -207,8 +260,8 @@ class World:
         if kind == "die":
             self.source.alive = False
             return
-        if kind == "restart-pe":
-            self.restart_pe()
+        if kind in ("restart-pe", "reset-pe"):
+            self.restart_pe() if kind == "restart-pe" else self.reset_pe()
             return
         raise (Broken if kind == "error" else Flaky)(f"{name} failed on purpose.", remedy="None.")
 
@@ -285,15 +338,17 @@ class Pe:
 
     def seen(self, machine: str) -> Seen[StandbyReport]:
         standby = self._world.standby
-        there = standby.connected and standby.mode in ("following", "drained", "injected")
-        state = "ready" if standby.mode == "following" else "taking-over"
+        there = standby.connected and standby.mode in IN_PE
+        state = {"comparing": "seeding", "following": "ready"}.get(standby.mode, "taking-over")
+        if standby.mode == "comparing" and self._world.replica_in_use():
+            state = "failed"
         report = StandbyReport(
             state=state, applied=str(standby.applied), applied_at_s=self._world.clock.now_s(), kexec_ready=True
-        )
-        return Seen(there, 0.1, report)
+        )  # fmt: skip
+        return Seen(there, 0.1, report, str(standby.boot))
 
     def _in_pe(self) -> Standby:
-        if self._world.standby.mode not in ("following", "drained", "injected"):
+        if self._world.standby.mode not in IN_PE:
             raise Flaky("the PE is not there")
         return self._world.standby
 
@@ -301,6 +356,8 @@ class Pe:
         def effect() -> Position:
             standby = self._in_pe()
             assert standby.applied is not None
+            if standby.mode == "comparing":
+                raise DrainNotYet("It compares.")
             if standby.mode == "injected":
                 assert standby.applied == position, "drained to another position after it was changed"
                 return standby.applied
@@ -315,11 +372,10 @@ class Pe:
     async def inject(self, machine: str, takeover: str, spec: MachineSpec) -> list[str]:
         def effect() -> list[str]:
             standby = self._in_pe()
-            if standby.pe_restarted and standby.mode == "following":
-                raise Broken("Only drained disks can be handed over.", remedy="Drain them.")
-            assert standby.mode in ("drained", "injected")
+            if standby.mode in ("comparing", "following"):
+                raise DrainNotYet("Only drained disks can be handed over.")
             self._world.cursor = None if standby.mode == "drained" else self._world.cursor
-            standby.mode = "injected"
+            standby.mode, standby.injected, standby.changed = "injected", True, True
             return ["network"]
 
         injected: list[str] = await self._world.call("inject", effect, of="pe")
@@ -336,7 +392,9 @@ class Pe:
     async def finish_boot(self, machine: str, takeover: str) -> None:
         def effect() -> None:
             standby = self._in_pe()
-            assert standby.mode == "injected" and standby.address
+            if not standby.injected:
+                raise NotInjected("Nothing was injected.")
+            assert standby.mode == "injected"
             standby.mode = "booting"
 
         await self._world.call("finish_boot", effect, of="pe")
@@ -403,9 +461,10 @@ class Hypervisor:
             world, standby = self._world, self._world.standby
             if standby.mode != "off":
                 return
-            assert world.cursor is None, "the PE would take a disk that was written to for its cursor's"
-            standby.mode, standby.boots_from_disk = "following", False
-            world.follow()
+            assert world.cursor is None or not standby.changed, "the PE takes a disk that was written to for a cursor's"
+            standby.mode = "following" if world.cursor_is_good() else "comparing"
+            standby.boots_from_disk, standby.compared = False, 0
+            standby.boot, standby.injected = standby.boot + 1, False
 
         await self._world.call("start_pe", effect)
 
@@ -427,8 +486,11 @@ class Prober:
 
     async def serving(self, address: str, probe: Probe) -> str | None:
         def effect() -> str | None:
-            if self._world.standby.mode == "booting":
-                self._world.standby.mode = "up"
+            standby = self._world.standby
+            if standby.mode == "booting":
+                standby.mode, standby.address = "up", True
+                standby.boot += 1
+                self._world.check()
             return None if self._world.serves() else "connection refused"
 
         seen: str | None = await self._world.call("serving", effect)

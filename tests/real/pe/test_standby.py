@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from cdp.server import messages as m
-from journal.errors import BadRequest
+from journal.errors import NotInjected
 from journal.wire import DiskInfo, StandbyReport
 from standby.pe import mounts
 from standby.pe.main import Standby
@@ -128,7 +128,7 @@ async def test_drained_injected_aborted_and_following_again(tmp_path: Path, targ
             assert await held.verb("drain", position=position) == {"applied": position}
             held.server.server.store.start_generation(held.key, held.writer.tip, "takeover t1")
             held.server.server.changes.notify(held.key)
-            with pytest.raises(BadRequest):
+            with pytest.raises(NotInjected):
                 await held.verb("finish_boot")
             spec = msgspec.to_builtins(await asyncio.to_thread(held.server.server.machines.require_spec, held.key))
             injected = await held.verb("inject", spec=spec)
