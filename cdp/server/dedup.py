@@ -15,9 +15,8 @@ from cdp.server.http import Gate, answer, machine_id, query_int, query_text
 from cdp.server.workers import ByteBudget, Workers
 from cdp.store.base import BATCH_CHUNKS
 from cdp.store.dedup import Dedup, Wanted
-from cdp.store.errors import PrefillClosed
 from journal import proof, wire
-from journal.errors import BadRequest
+from journal.errors import BadRequest, PrefillClosed
 from journal.extent import DISKS_MAX
 
 if TYPE_CHECKING:

@@ -112,26 +112,3 @@ class RecoverFailed(CdpError):
     """The image could not be written. The store is unharmed and no half-written file carries the final name."""
 
     code = "recover-failed"
-
-
-class PrefillClosed(CdpError):
-    """Something is stored of the machine, or its preparation was ended: its genesis does not change any more."""
-
-    code = "prefill-closed"
-    http_status = 409
-
-
-class PrefillRestarted(CdpError):
-    """The key is of an earlier beginning, whose work is gone: the server was restarted, or another agent began."""
-
-    code = "prefill-restarted"
-    transient = True
-    http_status = 409
-
-
-class PrefillUnsettled(CdpError):
-    """The image of a machine of which nothing is stored may still change: nobody may copy it yet."""
-
-    code = "prefill-unsettled"
-    transient = True
-    http_status = 409

@@ -26,11 +26,11 @@ from typing import Literal
 import msgspec
 
 from cdp.store.base import BaseImage
-from cdp.store.errors import PrefillClosed, PrefillRestarted, PrefillUnsettled
 from cdp.store.files import remove_tree, sync_directory
 from cdp.store.index import disk_error
 from cdp.store.retention import Retention
 from cdp.store.state import MachineState
+from journal.errors import PrefillClosed, PrefillRestarted, PrefillUnsettled
 from journal.position import Position
 
 PrefillState = Literal["filling", "filled", "none"]

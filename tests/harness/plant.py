@@ -283,14 +283,18 @@ class Plant(Observed):
         """
 
     def _drainers(self) -> list[int]:
-        """Process ids: the pin directory in the command line is this plant's alone."""
-        found = []
-        for directory in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                words = (directory / "cmdline").read_bytes() if directory.name.isdigit() else b""
-                if b"cdp.agent.capture.drain" in words and str(self._pin_dir).encode() in words:
-                    found.append(int(directory.name))
-        return found
+        return drainers(self._pin_dir)
+
+
+def drainers(pin_dir: Path) -> list[int]:
+    """Process ids: the pin directory in the command line is one agent's alone."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (directory / "cmdline").read_bytes() if directory.name.isdigit() else b""
+            if b"cdp.agent.capture.drain" in words and str(pin_dir).encode() in words.split(b"\0"):
+                found.append(int(directory.name))
+    return found
 
 
 def _stat(device: Path) -> list[int]:

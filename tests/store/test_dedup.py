@@ -18,7 +18,7 @@ from cdp.store.dedup import Dedup, Wanted
 from journal import proof
 from journal.extent import Kind
 from journal.segment import Flags
-from tests.store.source import make
+from tests.store.source import Write, make
 
 CHUNKS = 40
 SIZE = CHUNKS * CHUNK_BYTES + 4096
@@ -32,7 +32,7 @@ class Pair:
         self.now_ns = 1
         self.dedup = Dedup(store, directory, bytes_per_s_max=1e12, refresh_ns=10, clock_ns=lambda: self.now_ns)
         self.first = make(store, SIZE, name="first", seed=1)
-        writes = [(0, at, CHUNK_BYTES, Kind.DATA) for at in range(0, 30 * CHUNK_BYTES, CHUNK_BYTES)]
+        writes: list[Write] = [(0, at, CHUNK_BYTES, Kind.DATA) for at in range(0, 30 * CHUNK_BYTES, CHUNK_BYTES)]
         self.first.put(store, writes)
         self.second = make(store, SIZE, name="second")
         self.key = store.begin_prefill(self.second.machine)

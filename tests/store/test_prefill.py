@@ -11,7 +11,7 @@ import pytest
 
 from cdp.store import Store
 from cdp.store.base import CHUNK_BYTES
-from cdp.store.errors import PrefillClosed, PrefillRestarted, PrefillUnsettled
+from journal.errors import PrefillClosed, PrefillRestarted, PrefillUnsettled
 from journal.extent import Kind
 from tests.store.faulty import FaultyFiles, PowerCut
 from tests.store.source import Source, make
