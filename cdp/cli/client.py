@@ -50,6 +50,12 @@ class Client:
         self.answer_s = ANSWER_S
         self._connection: http.client.HTTPSConnection | None = None
 
+    def another(self) -> Client:
+        """One of the same operator with a connection of its own, for another thread."""
+        made = object.__new__(Client)
+        made.__dict__ = {**self.__dict__, "_connection": None}
+        return made
+
     def get(self, kind: type[T], path: str, /, **query: object) -> T:
         return self._decode(self.raw("GET", path, **query), kind)
 

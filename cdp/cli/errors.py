@@ -42,6 +42,12 @@ class ExportFailed(CdpError):
     code = "export-failed"
 
 
+class FilesFailed(CdpError):
+    """Files could not be read out of the image, or not be written here."""
+
+    code = "files-failed"
+
+
 class PartMissing(CdpError):
     """This installation lacks the Python packages that the command needs."""
 

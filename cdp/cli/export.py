@@ -11,7 +11,7 @@ from types import FrameType
 import click
 
 from cdp.cli.client import connect
-from cdp.cli.nbd import Listen, hold, keep, nbd
+from cdp.cli.nbd import Listen, hold, nbd
 from cdp.cli.point import choose_disk, find_point, point_options, short_name
 from cdp.cli.show import json_option, moment, print_json, size
 from cdp.server import messages as m
@@ -68,7 +68,7 @@ def export(
         try:
             with hold(client, point) as held, nbd(held, where, disks) as server:
                 _tell(point, where, [(short_name(one), one.size_bytes) for one in disks], as_json=as_json)
-                keep(held, server)
+                server.wait()
                 raise server.failed()
         except KeyboardInterrupt:
             click.echo("ended", err=True)

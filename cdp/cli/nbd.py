@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from typing import Final
 from urllib.parse import quote
 
 from cdp.cli.client import Client, find_credential, name_in
-from cdp.cli.errors import ExportFailed, ServerUnreachable
+from cdp.cli.errors import ExportFailed
 from cdp.cli.point import short_name
 from cdp.server import export_messages as x
 from cdp.server import messages as m
@@ -41,10 +42,10 @@ _POLL_S: Final = 0.02
 class Held:
     """An export of the server: the recovery point stays for as long as ``renew`` is called or somebody reads."""
 
-    def __init__(self, client: Client, point: m.PointAnswer) -> None:
+    def __init__(self, client: Client, point: m.PointAnswer, id_: str | None = None) -> None:
         self.client = client
         self.point = point
-        self.id = uuid.uuid4().hex[:16]
+        self.id = id_ or uuid.uuid4().hex[:16]
         self.path = name_in(x.EXPORT, point.machine, self.id)
         self.renew()
 
@@ -59,10 +60,25 @@ class Held:
 
 @contextmanager
 def hold(client: Client, point: m.PointAnswer) -> Iterator[Held]:
+    """Renewed in the background, whether anybody reads or not, until the block ends."""
     held = Held(client, point)
+    done = threading.Event()
+    renewing = Held(client.another(), point, held.id)
+
+    def renew() -> None:
+        while not done.wait(RENEW_S):
+            # A server that is away is waited for, as the readers do.
+            with contextlib.suppress(CdpError):
+                renewing.renew()
+
+    thread = threading.Thread(target=renew, name="renew", daemon=True)
+    thread.start()
     try:
         yield held
     finally:
+        done.set()
+        thread.join()
+        renewing.client.close()
         held.end()
 
 
@@ -148,14 +164,15 @@ class Nbdkit:
                 raise self.failed()
             time.sleep(_POLL_S)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether it is still running after so long."""
+    @property
+    def pid(self) -> int:
         assert self._process is not None
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Until it ends, which it does not by itself."""
+        assert self._process is not None
+        self._process.wait()
 
     def failed(self) -> ExportFailed:
         """With what it said before it ended."""
@@ -187,10 +204,3 @@ def nbd(held: Held, listen: Listen, disks: list[wire.DiskInfo], *, writable_in: 
         yield server
     finally:
         server.close()
-
-
-def keep(held: Held, server: Nbdkit) -> None:
-    """Renew the export until nbdkit ends. A server that is away is waited for, as the plugin does."""
-    while server.wait(RENEW_S):
-        with contextlib.suppress(ServerUnreachable):
-            held.renew()

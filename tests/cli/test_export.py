@@ -62,9 +62,9 @@ def exported(site: Site, *words: str) -> Iterator[dict[str, Any]]:
         env=site.env,
         text=True,
     )
+    assert process.stdout is not None
+    assert process.stderr is not None
     try:
-        assert process.stdout is not None
-        assert process.stderr is not None
         text = ""
         while not text.endswith("}\n") or text.count("{") != text.count("}"):
             line = process.stdout.readline()
