@@ -96,8 +96,9 @@ class BaseImage:
             first = at // CHUNK_BYTES
             count = min(_SLOTS_READ, -(-stop // CHUNK_BYTES) - first)
             with self._lock, opened(self._files, self._slots(disk)) as table:
-                slots = self._read_slots(disk, table, first, count)
-            is_data = (slots[:, 0] | slots[:, 1]) != 0
+                slots, good = slots_.unpack(self._raw_slots(table, first, count), first)
+            # What a bad slot stands for is refused when it is read, not passed over as a hole.
+            is_data = ((slots[:, 0] | slots[:, 1]) != 0) | ~good
             edges = [0, *(np.flatnonzero(np.diff(is_data)) + 1).tolist(), count]
             for begin, end in itertools.pairwise(edges):
                 last = min(stop, (first + end) * CHUNK_BYTES)
@@ -159,11 +160,11 @@ class BaseImage:
                 sums, good = slots_.unpack(self._raw_slots(table, first, count), first)
                 data = memoryview(self._files.read(image, count * CHUNK_BYTES, first * CHUNK_BYTES))
             bad = [
-                first + index
+                (first + index, bool(good[index] and not any(slot)))
                 for index, slot in enumerate(sums.tolist())
                 if not good[index] or chunk_sum(data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]) not in slot
             ]
-            yield len(data), [self._damaged(disk, number) for number in bad]
+            yield len(data), [self._damaged(disk, number, is_hole=is_hole) for number, is_hole in bad]
 
     def _read_slots(self, disk: int, table: int, first: int, count: int) -> npt.NDArray[np.uint64]:
         """``(count, 2)``. Raises ``StoredDamage``."""
@@ -190,13 +191,15 @@ class BaseImage:
     def _slots(self, disk: int) -> Path:
         return self._directory / f"{disk}{slots_.SUFFIX}"
 
-    def _damaged(self, disk: int, number: int) -> StoredDamage:
+    def _damaged(self, disk: int, number: int, *, is_hole: bool = False) -> StoredDamage:
+        """``is_hole``: there should be nothing, and nothing is served from there."""
         return StoredDamage(
             f"64 KiB at byte {number * CHUNK_BYTES} of the base image of disk {disk} are damaged on the store's disk.",
             remedy="Check the disk. Recovery points that need these bytes are lost until a resync has replaced them.",
             disk=disk,
             offset=number * CHUNK_BYTES,
             length=CHUNK_BYTES,
+            hole=is_hole,
         )
 
 

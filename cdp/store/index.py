@@ -52,7 +52,7 @@ _READERS_MAX: Final = 512
 _Row = TypeVar("_Row", bound=msgspec.Struct)
 
 
-def _sum(key: bytes, value: bytes) -> bytes:
+def row_sum(key: bytes, value: bytes) -> bytes:
     return bytes(blake3(key + value).digest(SUM_BYTES))
 
 
@@ -108,7 +108,7 @@ class Writer(Reader):
     """One atomic change of the index."""
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
-        self._txn.put(key, value + _sum(key, value), db=self._tables[table])
+        self._txn.put(key, value + row_sum(key, value), db=self._tables[table])
 
     def put_row(self, table: str, key: bytes, row: msgspec.Struct) -> None:
         self.put(table, key, msgspec.msgpack.encode(row))
@@ -202,7 +202,7 @@ class Index:
 
 def _checked(table: str, key: bytes, stored: bytes) -> bytes:
     value = stored[:-SUM_BYTES]
-    if _sum(key, value) != stored[-SUM_BYTES:]:
+    if row_sum(key, value) != stored[-SUM_BYTES:]:
         raise IndexDamaged(
             f"A row of the index table {table!r} does not match its checksum.",
             remedy="Check the disk and the memory of this host, then restore the index from a copy.",

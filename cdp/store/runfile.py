@@ -103,6 +103,18 @@ class FileRun:
             yield keys[piece], values[piece]
             at = first + pages * PAGE_ENTRIES
 
+    def verify(self) -> int:
+        """Read every page, past the cache; returns the bytes. Raises ``RunDamaged`` and ``OSError``."""
+        pages = sum(_pages(entries) for entries in self.counts)
+        used = _HEAD.size + pages * 16 + DIGEST_BYTES
+        with opened(self._files, self.path) as handle:
+            if any(self._files.read(handle, self._data_at - used, used)):
+                raise _damaged(self.path)
+        for length_class, entries in enumerate(self.counts):
+            for page in range(0, _pages(entries), _READ_PAGES):
+                self._read_columns(length_class, page, min(_READ_PAGES, _pages(entries) - page))
+        return self._data_at + pages * PAGE_BYTES
+
     def _bound(self, length_class: int, key: int) -> int:
         """The number of entries with a smaller key."""
         page = int(np.searchsorted(self._fences[length_class], np.uint64(key))) - 1
@@ -117,6 +129,13 @@ class FileRun:
         number = self._first_page[length_class] + page
         if pages == 1 and (cached := self._cache.get(self.path, number)) is not None:
             return cached
+        columns = self._read_columns(length_class, page, pages)
+        if pages == 1:
+            self._cache.put(self.path, number, columns)
+        return columns
+
+    def _read_columns(self, length_class: int, page: int, pages: int) -> tuple[U64, U64]:
+        number = self._first_page[length_class] + page
         with opened(self._files, self.path) as handle:
             raw = self._files.read(handle, pages * PAGE_BYTES, self._data_at + number * PAGE_BYTES)
         if len(raw) != pages * PAGE_BYTES:
@@ -126,10 +145,7 @@ class FileRun:
             if found != self._sums[(number + index) * 8 : (number + index + 1) * 8]:
                 raise _damaged(self.path)
         columns = np.frombuffer(raw, np.uint64).reshape(pages, 2, PAGE_ENTRIES)
-        keys, values = columns[:, 0, :].reshape(-1), columns[:, 1, :].reshape(-1)
-        if pages == 1:
-            self._cache.put(self.path, number, (keys, values))
-        return keys, values
+        return columns[:, 0, :].reshape(-1), columns[:, 1, :].reshape(-1)
 
 
 class RunShelf:
@@ -192,6 +208,19 @@ class RunShelf:
         except (RunDamaged, OSError):
             return None
         return run if self._digest_at(run.generation, run.last) == run.digest else None
+
+
+def verify_runs(files: Files, directory: Path, machine: uuid.UUID) -> Iterator[tuple[Path, int, RunDamaged | None]]:
+    """Each run file of a machine: its path, its bytes, and what is wrong with it."""
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        try:
+            checked = FileRun(files, path, machine, PageCache(0)).verify()
+        except RunDamaged as error:
+            yield path, 0, error
+        except FileNotFoundError:
+            continue  # merged into a larger one meanwhile
+        else:
+            yield path, checked, None
 
 
 def write_run(files: Files, path: Path, machine: uuid.UUID, run: MemoryRun) -> None:

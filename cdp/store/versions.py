@@ -107,7 +107,7 @@ class Versions:
             except (RunDamaged, FileNotFoundError) as error:
                 if failures > _FAILURES_MAX:
                     raise
-                self._discard(error)
+                self.discard(error)
 
     def _catch_up(self, spans: Sequence[Span], stop: Callable[[], bool]) -> None:
         for span in spans:
@@ -155,7 +155,7 @@ class Versions:
                 if failures > _FAILURES_MAX:
                     raise
                 # A run whose file has vanished is not among the runs any more if it has become part of a larger one.
-                self._discard(error)
+                self.discard(error)
                 self.catch_up(spans)
                 runs = self._runs(spans)
                 continue
@@ -172,7 +172,7 @@ class Versions:
                 if run.first <= span.last and run.last >= span.first
             ]
 
-    def _discard(self, error: RunDamaged | FileNotFoundError) -> None:
+    def discard(self, error: RunDamaged | FileNotFoundError) -> None:
         """Drop a damaged run and all that follow it in its generation: they are built again."""
         name = error.fields["file"] if isinstance(error, RunDamaged) else Path(error.filename).name
         with self._lock:
