@@ -1,6 +1,6 @@
 """Run the benchmarks named on the command line, or all of them, and merge their figures into the summary.
 
-    python -m tests.bench [tps] [cost] [limits]
+    python -m tests.bench [tps] [cost] [limits] [dedup]
 
 Raw figures go to standard output as they are measured; ``build/bench/summary.json`` holds one figure per key.
 """
@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import agent_cost, capture_limits, tps
+from tests.bench import agent_cost, capture_limits, dedup, tps
 
 SUMMARY = Path("build/bench/summary.json")
-BENCHMARKS = {"tps": tps.measure, "cost": agent_cost.measure, "limits": capture_limits.measure}
+BENCHMARKS = {"tps": tps.measure, "cost": agent_cost.measure, "limits": capture_limits.measure, "dedup": dedup.measure}
 
 
 def main(names: list[str]) -> None:
