@@ -14,7 +14,8 @@ A verb is idempotent: the takeover controller may repeat a call after it was res
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -264,8 +265,11 @@ FromPeer = Hello | AgentReport | StandbyReport | Result | Failure
 """Decode with ``msgspec.json.Decoder(FromPeer)``."""
 
 
+_CODE: Final = re.compile(r"[a-z]+(-[a-z]+){0,9}")
+
+
 class RemoteError(CdpError):
-    """An error that the other side reported and that has no class of its own here."""
+    """An error that the other side reported and that has no class of its own here; it keeps its code."""
 
     code = "remote-error"
 
@@ -280,4 +284,8 @@ def raise_remote(body: dict[str, Any]) -> None:
         todo.extend(kind.__subclasses__())
     kind = known.get(str(body.get("code")), RemoteError)
     fields = body.get("fields") or {}
-    raise kind(str(body.get("sentence", "The other side failed.")), remedy=str(body.get("remedy", "")), **fields)
+    error = kind(str(body.get("sentence", "The other side failed.")), remedy=str(body.get("remedy", "")), **fields)
+    if _CODE.fullmatch(str(body.get("code"))):
+        error.code = str(body["code"])
+    error.transient = bool(body.get("transient", kind.transient))
+    raise error

@@ -3,7 +3,7 @@
 ``cdp`` and the server share this module; it imports nothing that only the server has.
 
 {name} is a machine's name or UUID. Times are seconds since the Unix epoch, sizes bytes. Bodies are JSON; an error is
-``{"code", "sentence", "remedy", "fields"}`` with the HTTP status of its kind.
+``{"code", "sentence", "remedy", "fields", "transient"}`` with the HTTP status of its kind.
 """
 
 from __future__ import annotations

@@ -41,6 +41,11 @@ class MountNamespace:
         self._holder.kill_for_good()
 
     @property
+    def holder_pid(self) -> int:
+        """``/proc/PID/root`` leads inside."""
+        return self._holder.pid
+
+    @property
     def prefix(self) -> list[str]:
         return ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
 

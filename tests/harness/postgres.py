@@ -33,9 +33,9 @@ class PostgresInstance:
         self._namespace = namespace
         self._data = data / "cluster"
         self._wal = wal / "wal"
-        self._sockets = work_dir / f"{name}-sockets"
-        self._sockets.mkdir(parents=True)
-        shutil.chown(self._sockets, USER)
+        self.sockets = work_dir / f"{name}-sockets"
+        self.sockets.mkdir(parents=True)
+        shutil.chown(self.sockets, USER)
         self._as_user = [
             *namespace.prefix,
             # Changing the user clears the death signal that the program was started with.
@@ -43,7 +43,7 @@ class PostgresInstance:
         ]
         settings = {
             "listen_addresses": "",
-            "unix_socket_directories": str(self._sockets),
+            "unix_socket_directories": str(self.sockets),
             "shared_buffers": "32MB",
             "max_wal_size": "96MB",
             "checkpoint_timeout": "30s",
@@ -103,7 +103,7 @@ class PostgresInstance:
     def client(self, program: str) -> list[str]:
         """The beginning of a client program's command line."""
         # Over the socket any user may be postgres: authentication is "trust", the directory is private.
-        return [str(binaries() / program), "-h", str(self._sockets), "-U", USER, "-d", DATABASE]
+        return [str(binaries() / program), "-h", str(self.sockets), "-U", USER, "-d", DATABASE]
 
     def verify(self) -> str:
         """Every page and index is sound, and no transaction of pgbench is there in part. Returns what was counted."""

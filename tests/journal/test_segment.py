@@ -172,8 +172,12 @@ def test_errors_keep_their_type_across_the_wire() -> None:
     with pytest.raises(PositionGap) as caught:
         raise_remote(gap.as_dict())
     assert caught.value.as_dict() == gap.as_dict()
-    with pytest.raises(CdpError, match="odd"):
-        raise_remote({"code": "never-heard-of", "sentence": "odd"})
+    with pytest.raises(CdpError, match="odd") as unknown:
+        raise_remote({"code": "never-heard-of", "sentence": "odd", "transient": True})
+    assert (unknown.value.code, unknown.value.transient) == ("never-heard-of", True)
+    with pytest.raises(CdpError) as strange:
+        raise_remote({"code": "no\ncode" * 100})
+    assert strange.value.code == "remote-error"
 
 
 def test_the_worked_example_of_the_format_document_is_true() -> None:
