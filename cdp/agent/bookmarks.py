@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from cdp.agent.errors import Fenced, NoRecoveryPoint, TakeoverUnderWay
+from cdp.agent.errors import Fenced, TakeoverUnderWay, no_recovery_point
 from cdp.agent.freezing import Freezer
 from cdp.agent.pipeline import Pipeline
 from cdp.agent.status import Status
@@ -72,7 +72,4 @@ class Bookmarks:
                 "A takeover has quiesced this machine.", remedy="Repeat it when the takeover is over: 'cdp status'."
             )
         if self._status.fuzzy:
-            raise NoRecoveryPoint(
-                f"There is no recovery point now: {self._status.fuzzy_reason}.",
-                remedy="Wait until 'cdp status' shows no seed or resync, then repeat it; or bookmark an earlier time.",
-            )
+            raise no_recovery_point(self._status.fuzzy_reason)

@@ -56,6 +56,14 @@ class NoRecoveryPoint(CdpError):
     http_status = 409
 
 
+def no_recovery_point(why: str) -> NoRecoveryPoint:
+    return NoRecoveryPoint(
+        f"There is no recovery point now: {why}.",
+        remedy="Wait until 'cdp status' shows no seed or resync, then repeat it.",
+        why=why,
+    )
+
+
 class Fenced(CdpError):
     """This machine is fenced: another side owns its history and its addresses."""
 
@@ -84,6 +92,14 @@ class DiskChanged(CdpError):
     http_status = 409
 
 
+class NotComparable(CdpError):
+    """What the disks hold at a position cannot be told now; nothing is wrong with them."""
+
+    code = "not-comparable"
+    transient = True
+    http_status = 409
+
+
 class HookFailed(CdpError):
     """A quiesce hook did not do its work in time."""
 
@@ -103,6 +119,13 @@ class TakeoverUnderWay(CdpError):
     code = "takeover-under-way"
     transient = True
     http_status = 409
+
+
+class LimitExceeded(CdpError):
+    """The journal alone is above the bandwidth limit, and the spool half full."""
+
+    code = "limit-exceeded"
+    transient = True
 
 
 class UnknownVerb(CdpError):

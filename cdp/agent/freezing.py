@@ -147,17 +147,17 @@ class Guarded:
     async def close(self) -> None:
         """Thaw. The end of file is sent at once, whatever becomes of the waiting that follows."""
         self._into.close()
-        if self._process.returncode is None:
-            hooks = len(self._config.hooks)
-            patience_s = self._config.prepare_s + self._config.freeze_s + hooks * (LET_GO_S + 2 * TERMINATE_S)
-            try:
-                async with asyncio.timeout(patience_s):
-                    while self._end is None and (line := await self._out.readline()):
-                        self._take(line)
-                    await self._process.wait()
-            except TimeoutError:
-                self._process.kill()
+        hooks = len(self._config.hooks)
+        patience_s = self._config.prepare_s + self._config.freeze_s + hooks * (LET_GO_S + 2 * TERMINATE_S)
+        try:
+            async with asyncio.timeout(patience_s):
+                # It may have ended by its own clock: what it said is there all the same.
+                while self._end is None and (line := await self._out.readline()):
+                    self._take(line)
                 await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
         if self._noted:
             if self._end is None or self._end.stuck:
                 log.error("the guardian of a bookmark ended before it had thawed everything")

@@ -23,13 +23,15 @@ from concurrent.futures import Executor
 from typing import Final, Literal
 
 import msgspec
+import numpy as np
 
 from cdp.agent import history
 from cdp.agent.capture.session import CaptureSession, Losses
 from cdp.agent.capture.spool import Mark, RawSpool
 from cdp.agent.copy import BUFFER_BYTES
 from cdp.agent.dirty import Geometry
-from cdp.agent.errors import Fenced, NoRecoveryPoint
+from cdp.agent.errors import Fenced, no_recovery_point
+from cdp.agent.intervals import key
 from cdp.agent.rounds import Rounds
 from cdp.agent.seal import WINDOW_BYTES, Cut, Sealer
 from cdp.agent.spool import Spool, Spooled
@@ -201,6 +203,16 @@ class Pipeline:
             self._status.resyncs[reason] += 1
             self._wake.set()
 
+    async def copy_again(self, ranges: list[tuple[int, int, int]]) -> None:
+        """Send these ``(disk, offset, length)`` ranges anew, whatever they hold: the server has lost them."""
+        async with self._lock:
+            starts = np.array([key(disk, offset) for disk, offset, _ in ranges], np.uint64)
+            self._rounds.dirty.mark(starts, starts + np.array([length for *_, length in ranges], np.uint64))
+            if self._cursor is not None:
+                self._cursor = msgspec.structs.replace(self._cursor, dirty=self._rounds.dirty.pack())
+                self._spool.commit(self._cursor)
+            self._wake.set()
+
     # --- the beat -----------------------------------------------------------------------------------------------------
     async def run(self) -> None:
         """Until cancelled. The first cut is made at once: there may be much to catch up with."""
@@ -210,22 +222,24 @@ class Pipeline:
             early = time.monotonic() < due and not self._orders and not self._rounds.urgent
             async with self._lock:
                 if self._held:
-                    self._obey(None)
+                    self._obey(None, len(self._orders))
                 elif early and self._dropping is None and self._behind >= WINDOW_BYTES:
                     await self._seal_ahead()
                     continue
                 else:
                     await self._copy(due)
-                    self._obey(await self._cut())
+                    # Whoever asks during the cut is answered by the next one: this one's mark is older than the order.
+                    asked = len(self._orders)
+                    self._obey(await self._cut(), asked)
             now = time.monotonic()
             if now >= due:
                 due += self._segment_s * (1 + (now - due) // self._segment_s)
 
-    def _obey(self, entry: Spooled | None) -> None:
-        """Answer the orders to seal, given the segment that has just been sealed up to a mark."""
+    def _obey(self, entry: Spooled | None, asked: int) -> None:
+        """Answer the first ``asked`` orders to seal, given the segment that has been sealed up to a mark since."""
         if entry is None and self._dropping is None and not self._held:
             return  # the cut has only caught up with a raw spool that was full; the next one is it
-        orders, self._orders = self._orders, []
+        orders, self._orders = self._orders[:asked], self._orders[asked:]
         for hold, order in orders:
             if order.done():
                 continue
@@ -234,12 +248,7 @@ class Pipeline:
             elif self._dropping == "fenced":
                 order.set_exception(Fenced("This machine is fenced; it seals nothing.", remedy="See 'cdp status'."))
             elif entry is None or not entry.recovery_point:
-                order.set_exception(
-                    NoRecoveryPoint(
-                        f"There is no recovery point now: {self._status.fuzzy_reason}.",
-                        remedy="Wait until 'cdp status' shows no seed or resync, then repeat it.",
-                    )
-                )
+                order.set_exception(no_recovery_point(self._status.fuzzy_reason))
             else:
                 if hold:
                     self._held_until = time.monotonic() + HOLD_S_MAX

@@ -36,9 +36,10 @@ DISK_BYTES = 48 << 20
 class AgentHost:
     """``addresses`` are on ``lo``. The agent's hooks write to ``hook_log``."""
 
-    def __init__(self, server: Running, directory: Path) -> None:
+    def __init__(self, server: Running, directory: Path, segment_s: float) -> None:
         self.server = server
         self.directory = directory
+        self._segment_s = segment_s
         self.disk = LoopDisk(directory / "disk.img", DISK_BYTES)
         number = uuid.uuid4().int
         self.addresses = [f"127.90.{number % 250}.{number // 250 % 250 + 1}/32", f"fd77:{number % 65536:x}::5/128"]
@@ -150,6 +151,7 @@ class AgentHost:
             state_dir = "{self.directory}/state"
             runtime_dir = "{self.directory}/run"
             mount_tmpfs = false
+            segment_s = {self._segment_s}
             [capture]
             pin_dir = "{self.pin_dir}"
             [copy]
@@ -163,12 +165,12 @@ class AgentHost:
 
 
 @asynccontextmanager
-async def agent_host() -> AsyncIterator[AgentHost]:
+async def agent_host(segment_s: float = 1.0) -> AsyncIterator[AgentHost]:
     """A server and a joined machine whose agent is not started yet."""
     directory = scratch_dir("cdp-agent-")
     try:
         async with running(directory / "server") as server:
-            host = AgentHost(server, directory)
+            host = AgentHost(server, directory, segment_s)
             try:
                 await host.join()
                 yield host

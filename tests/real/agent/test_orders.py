@@ -8,11 +8,15 @@ import os
 import pytest
 
 from cdp.agent.errors import NoRecoveryPoint
+from cdp.store import ImageReader
 from journal.errors import CdpError, StaleGeneration
 from journal.position import Position
 from tests.harness.wait import wait_until_async
 from tests.real.agent.agent_host import DISK_BYTES, AgentHost, agent_host
 from tests.server.running import Writer
+
+SEALS = 100
+"""One in ten of them meets a beat."""
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(150)]
 
@@ -62,6 +66,19 @@ async def test_fenced_and_back_again() -> None:
         assert report is not None and report.resyncs == {"dropped-writes": 1}, (
             "a comparison of everything was not needed"
         )
+
+
+async def test_a_sealed_position_holds_all_that_was_written_before_the_order() -> None:
+    """Also if the order comes while the beat is cutting: that cut's mark is older than the order."""
+    async with agent_host(segment_s=0.1) as host:
+        await following(host)
+        store = host.server.server.store
+        for number in range(SEALS):
+            data = number.to_bytes(4, "big") * 1024
+            host.write(number * 4096, data)
+            sealed = Position.parse((await host.call("seal"))["position"])
+            with ImageReader(store, host.machine, sealed) as image:
+                assert image.read(0, number * 4096, 4096) == data, f"write {number} is not in {sealed.short}"
 
 
 async def test_a_lease_that_runs_out_starts_what_was_stopped() -> None:
