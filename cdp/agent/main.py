@@ -149,9 +149,7 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
     disks = [Geometry(index, device.size_bytes, device.granule_bytes) for index, device in enumerate(session.devices)]
     news = asyncio.Event()
     spool = Spool(config.spool_dir, runtime.spool_bytes(config))
-    client.bucket.lifted = Lift(spool, lambda: status.quiesced)
-    status.borrowed_bytes = lambda: client.bucket.borrowed_bytes
-    status.limit_bytes_per_s = lambda: client.bucket.bytes_per_s
+    client.bucket.lift, status.sending = Lift(spool, lambda: status.quiesced), client.bucket
     paths = {index: device.path for index, device in enumerate(session.devices)}
     rounds = Rounds(
         disks,

@@ -41,7 +41,7 @@ class Bucket:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.bytes_per_s = bytes_per_s
-        self.lifted: Callable[[], bool] = lambda: False
+        self.lift: Lift | None = None
         self.borrowed_bytes = 0
         self._clock = clock
         self._sleep = sleep
@@ -59,7 +59,7 @@ class Bucket:
     async def take(self, length: int) -> None:
         """Before ``length`` bytes are read or sent."""
         self._refill()
-        while self.bytes_per_s is not None and self._level <= 0 and not self.lifted():
+        while self.bytes_per_s is not None and self._level <= 0 and not self._lifted:
             await self._sleep(min(LOOK_S, -self._level / self.bytes_per_s + 0.001))
             self._refill()
         if self.bytes_per_s is None:
@@ -68,6 +68,15 @@ class Bucket:
             self.borrowed_bytes += length
             return
         self._level -= length
+
+    @property
+    def exceeded(self) -> bool:
+        """There is a limit, and it is not kept because of the spool."""
+        return self.bytes_per_s is not None and self.lift is not None and self.lift.borrowing
+
+    @property
+    def _lifted(self) -> bool:
+        return self.lift is not None and self.lift.now
 
     @property
     def _full(self) -> float:
@@ -86,14 +95,19 @@ class _Spool(Protocol):
 
 
 class Lift:
-    """Called: is the limit lifted now? ``quiesced``: every second is downtime."""
+    """When a limit is not kept. ``quiesced``: every second is downtime."""
 
     def __init__(self, spool: _Spool, quiesced: Callable[[], bool]) -> None:
         self._spool = spool
         self._quiesced = quiesced
         self._borrowing = False
 
-    def __call__(self) -> bool:
+    @property
+    def now(self) -> bool:
+        return self.borrowing or self._quiesced()
+
+    @property
+    def borrowing(self) -> bool:
         fraction = REPAID_FRACTION if self._borrowing else BORROW_FRACTION
         self._borrowing = self._spool.bytes > self._spool.bytes_max * fraction
-        return self._borrowing or self._quiesced()
+        return self._borrowing

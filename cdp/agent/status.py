@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cdp.agent.errors import DiskChanged
+from cdp.agent.errors import DiskChanged, LimitExceeded
+from cdp.agent.rate import Bucket
 from journal.errors import CdpError
 from journal.position import Position
 from journal.wire import AgentReport, Progress
@@ -47,9 +47,8 @@ class Status:
     """Per component; an entry disappears when the component works again."""
     drainer_pid: int | None = None
     drainer_restarts: int = 0
-    borrowed_bytes: Callable[[], int] = lambda: 0
-    """Sent above the server's limit; see ``rate.py``."""
-    limit_bytes_per_s: Callable[[], float | None] = lambda: None
+    sending: Bucket = field(default_factory=lambda: Bucket(None))
+    """The server's limit, and what is sent above it."""
 
     @property
     def state(self) -> str:
@@ -97,6 +96,7 @@ class Status:
 
     def report(self) -> AgentReport:
         cpu_s, resident_bytes = usage(self.drainer_pid)
+        self._look_at_limit()
         error: dict[str, Any] | None = next((error.as_dict() for error in self.errors.values()), None)
         return AgentReport(
             state=self.state,
@@ -114,7 +114,20 @@ class Status:
             resident_bytes=resident_bytes,
             boot_id=self.boot_id,
             error=error,
-            borrowed_bytes=self.borrowed_bytes(),
+            borrowed_bytes=self.sending.borrowed_bytes,
+        )
+
+    def _look_at_limit(self) -> None:
+        if not self.sending.exceeded:
+            self.works("limit")
+            return
+        self.failed(
+            "limit",
+            LimitExceeded(
+                f"The journal does not fit into {(self.sending.bytes_per_s or 0) / 1e6:.3g} MB/s and is sent faster "
+                "than allowed for now, so that no writes are lost.",
+                remedy="Raise the limit ('cdp limit set'), or give the agent a larger spool.",
+            ),
         )
 
 

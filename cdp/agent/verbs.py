@@ -9,8 +9,10 @@
     resync    compares everything with the server                           another comparison
     address   adds service addresses                                        nothing to do
     bookmark  a recovery point now, application-consistent if asked for     another one
+    limit     how fast to send from now on                                  nothing to do
 
-All orders take one lock: they change the same things. A bookmark takes it only while the machine is held still.
+All orders take one lock: they change the same things. A bookmark takes it only while the machine is held still, a limit
+not at all: another order may be waiting for what is being sent.
 """
 
 from __future__ import annotations
@@ -81,6 +83,10 @@ class AddressArgs(_Args):
     add: list[str]
 
 
+class LimitArgs(_Args):
+    bytes_per_s_max: int | None
+
+
 class NoArgs(_Args):
     pass
 
@@ -126,6 +132,7 @@ class Orders:
             "resync": self._order(ResyncArgs, self._resync),
             "address": self._order(AddressArgs, self._address),
             "bookmark": self._order(BookmarkArgs, self.bookmarks.add, alone=False),
+            "limit": self._order(LimitArgs, self._limit, alone=False),
         }
 
     def _order(
@@ -229,6 +236,10 @@ class Orders:
             raise NotFencedHere("This machine is fenced: it takes no address.", remedy="Lift the fence first.")
         held = await asyncio.to_thread(add_addresses, args.add)
         return {"held": list(held)}
+
+    async def _limit(self, args: LimitArgs) -> dict[str, Any]:
+        self._client.bucket.set_rate(args.bytes_per_s_max)
+        return {}
 
     # --- of its own accord --------------------------------------------------------------------------------------------
     async def superseded(self, state: MachineState) -> None:

@@ -33,6 +33,7 @@ _MODULES: Final = {
     "cp": ("cdp.cli.files", "cp", "Copy files out of a machine as it was at any second."),
     "export": ("cdp.cli.export", "export", "Serve a machine's disks as they were at any second, over NBD."),
     "join": ("cdp.cli.agent", "join", "Enrol this machine with a server."),
+    "limit": ("cdp.cli.limit", "limit", "Limit what agents send, maybe at certain hours."),
     "login": ("cdp.cli.login", "login", "Become an operator of a server."),
     "ls": ("cdp.cli.files", "ls", "List a directory of a machine as it was at any second."),
     "machines": ("cdp.cli.machines", "machines", "List, add and remove machines."),

@@ -36,6 +36,7 @@ from cdp.server.exports import Exports
 from cdp.server.feed import Feed
 from cdp.server.ingest import Ingest
 from cdp.server.join import Joining, ensure_first_operator
+from cdp.server.limits import Limits
 from cdp.server.machines import Machines
 from cdp.server.ports import StoreCalls, make_ports
 from cdp.server.retention import Policies, Retentions
@@ -89,6 +90,7 @@ class Server:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.standbys.watch(), name="watch the hypervisors")
             group.create_task(self.takeovers.watch(), name="watch the rollback windows")
+            group.create_task(self.limits.run(), name="tell the bandwidth limits")
             group.create_task(self._renew_certificate(), name="renew the certificate")
             group.create_task(self.upkeep.watch(), name="watch the retention")
             group.create_task(self.exports.run(), name="end exports that nobody reads")
@@ -130,12 +132,14 @@ class Server:
             ca_pem=self.authority.pem,
             busy=self.takeovers.check_idle,
         )
+        self.limits = await asyncio.to_thread(Limits, self.store, self.workers, self.hub)
         self.machines = Machines(
             self.store,
             self.hub,
             takeovers=self.takeovers,
             domain_state=self.standbys.domain_state,
             prefill=self.prefills.state_of,
+            allowance=self.limits.allowance,
             retention=self.retentions.status,
         )
         self.standbys.machines = self.takeovers.machines = self.machines
@@ -201,6 +205,7 @@ class Server:
             ingest_budget,
             self.counters,
             request_idle_s=limits.request_idle_s,
+            came=self.limits.came,
         )
         self.exports = Exports(self.store, self.workers, read_budget)
         await self.exports.start()
@@ -220,6 +225,7 @@ class Server:
         ingest.add_routes(gate)
         feed.add_routes(gate)
         self.prefills.add_routes(gate)
+        self.limits.add_routes(gate)
         self.exports.add_routes(gate)
         Api(parts, url=config.public_url, fingerprint=self.authority.fingerprint).add_routes(gate)
         self.retentions.add_routes(gate)
@@ -268,6 +274,7 @@ class Server:
     def _render_metrics(self) -> bytes:
         gauges = CollectorRegistry()
         gauges.register(metrics.StatusCollector(self.machines.all, phase_seconds))
+        gauges.register(self.limits)
         return metrics.render(gauges, self.counters.registry)
 
     # --- background ---------------------------------------------------------------------------------------------------

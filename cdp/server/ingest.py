@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -37,13 +38,16 @@ class Ingest:
         counters: Counters,
         *,
         request_idle_s: float,
+        came: Callable[[uuid.UUID, int], int | None] = lambda _machine, _length: None,
     ) -> None:
+        """``came``: told what was stored; says how many bytes/s the machine may send."""
         self._store = store
         self._workers = workers
         self._changes = changes
         self._budget = budget
         self._counters = counters
         self._request_idle_s = request_idle_s
+        self._came = came
 
     def add_routes(self, gate: Gate) -> None:
         gate.add("PUT", wire.SEGMENT, self.put, "agent")
@@ -63,7 +67,9 @@ class Ingest:
         stored, duplicate = await self._workers.write(self._put, machine, generation, seq, raw)
         self._counters.stored(machine, len(raw), time.monotonic() - started, duplicate=duplicate)
         self._changes.notify(machine)
-        return wire.StoredAnswer(position=str(stored), duplicate=duplicate)
+        return wire.StoredAnswer(
+            position=str(stored), duplicate=duplicate, bytes_per_s_max=self._came(machine, len(raw))
+        )
 
     def _put(self, machine: uuid.UUID, generation: int, seq: int, raw: bytearray) -> tuple[Position, bool]:
         header = Header.unpack(memoryview(raw)[:HEADER_BYTES])

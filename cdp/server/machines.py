@@ -57,7 +57,7 @@ class Ownership(Protocol):
 
 class Machines:
     """``takeovers``: who owns the machine, and its newest takeover; ``domain_state``: the hypervisor's word, from a
-    cache, because asking may take seconds; ``prefill``: see ``wire.MachineState``."""
+    cache, because asking may take seconds; ``prefill`` and ``allowance``: see ``wire.MachineState``."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class Machines:
         takeovers: Ownership,
         domain_state: Callable[[uuid.UUID], str],
         prefill: Callable[[uuid.UUID], Prefill] = lambda _: "none",
+        allowance: Callable[[uuid.UUID], int | None] = lambda _: None,
         retention: Callable[[uuid.UUID, Usage], RetentionStatus] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -75,6 +76,7 @@ class Machines:
         self._takeovers = takeovers
         self._domain_state = domain_state
         self._prefill = prefill
+        self._allowance = allowance
         self._retention = retention
         self._clock = clock
         self._disk_problems: dict[uuid.UUID, DisksChanged] = {}
@@ -123,6 +125,7 @@ class Machines:
         self._store.settings.delete(f"spec/{machine}")
         self._disk_problems.pop(machine, None)
         self._store.settings.delete(f"retention/{machine}")
+        self._store.settings.delete(f"limit/{machine}")
 
     # --- disks --------------------------------------------------------------------------------------------------------
     def report_disks(self, machine: uuid.UUID, disks: list[wire.DiskInfo]) -> None:
@@ -175,6 +178,7 @@ class Machines:
             disks=held.disks,
             service_addresses=list(spec.service_addresses),
             prefill=self._prefill(machine),
+            bytes_per_s_max=self._allowance(machine),
         )
 
     def status(self, machine: uuid.UUID) -> MachineStatus:
