@@ -35,7 +35,7 @@ lint: venv
 	@$(PYTHON) -m mypy
 
 test: lint bpf
-	@$(PYTHON) -m pytest
+	@deploy/run-tests
 
 demo: venv bpf
 	@$(PYTHON) -m deploy.lab.demo --mode $(MODE)

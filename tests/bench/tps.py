@@ -50,7 +50,7 @@ def _pairs(directory: Path, pairs: int) -> tuple[list[float], int]:
     """The ratios, and how many events the capture lost."""
     with Plant(sizes=(DISK_BYTES,), disk_dir=directory) as plant:
         bare = LoopDisk(directory / "bare.img", DISK_BYTES)
-        databases = {}
+        databases: dict[str, PostgresInstance] = {}
         try:
             for name, disk in (("protected", plant.disks[0]), ("bare", bare)):
                 mount = plant.work_dir / "mnt" / name
@@ -76,11 +76,13 @@ def _pairs(directory: Path, pairs: int) -> tuple[list[float], int]:
                 )
             return ratios, plant.agent_report().lost_events
         finally:
-            for database in databases.values():
-                database.close()
-            for name in databases:
-                plant.namespace.unmount(plant.work_dir / "mnt" / name)
-            bare.close()
+            try:
+                for database in databases.values():
+                    database.close()
+                for name in databases:
+                    plant.namespace.unmount(plant.work_dir / "mnt" / name)
+            finally:
+                bare.close()
 
 
 def _pgbench(database: PostgresInstance) -> float:

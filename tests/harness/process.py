@@ -152,7 +152,13 @@ class Program:
         with self._lock, self.log.open("ab") as log:
             assert not self.running, f"{self.name} runs already"
             self._process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._env
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                # A terminal's interrupt is for the test alone: it still needs its programs to tidy up.
+                process_group=0,
             )
             self.starts += 1
 
