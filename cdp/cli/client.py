@@ -78,16 +78,29 @@ class Client:
             _raise(status, content)
         return content
 
+    def read_into(self, into: memoryview, path: str, /, **query: object) -> None:
+        """Fill ``into`` with the body of a good answer, which has to be just as long."""
+        target = path + "?" + urlencode({key: str(value) for key, value in query.items()})
+        try:
+            status, content = self._exchange("GET", target, None, self._headers, into)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise self._unreachable(error) from error
+        if status >= 300:
+            _raise(status, content)
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
-    def _exchange(self, method: str, target: str, data: bytes | None, headers: dict[str, str]) -> tuple[int, bytes]:
+    def _exchange(
+        self, method: str, target: str, data: bytes | None, headers: dict[str, str], into: memoryview | None = None
+    ) -> tuple[int, bytes]:
         """On the open connection, or on a new one: the server may have closed it while we were idle."""
         if self._connection is not None:
             try:
-                return self._once(self._connection, method, target, data, headers)
+                return self._once(self._connection, method, target, data, headers, into)
             except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
                 self.close()
                 if method != "GET":
@@ -96,15 +109,27 @@ class Client:
         self._connection.connect()
         assert isinstance(self._connection.sock, socket.socket)
         self._connection.sock.settimeout(self.answer_s)
-        return self._once(self._connection, method, target, data, headers)
+        return self._once(self._connection, method, target, data, headers, into)
 
     @staticmethod
-    def _once(
-        connection: http.client.HTTPSConnection, method: str, target: str, data: bytes | None, headers: dict[str, str]
+    def _once(  # noqa: PLR0917 (what http.client wants, and where the body goes)
+        connection: http.client.HTTPSConnection,
+        method: str,
+        target: str,
+        data: bytes | None,
+        headers: dict[str, str],
+        into: memoryview | None,
     ) -> tuple[int, bytes]:
         connection.request(method, target, data, headers)
         answer = connection.getresponse()
-        return answer.status, answer.read()
+        if into is None or answer.status >= 300:
+            return answer.status, answer.read()
+        done = 0
+        while done < len(into) and (got := answer.readinto(into[done:])):
+            done += got
+        if done < len(into) or answer.read(1):
+            raise http.client.IncompleteRead(b"", len(into) - done)
+        return answer.status, b""
 
     def _decode(self, content: bytes, kind: type[T]) -> T:
         try:

@@ -61,8 +61,9 @@ def export(
     client = connect()
     point = find_point(client, name, at, bookmark, latest=latest)
     disks = point.disks if disk is None else [choose_disk(point, disk)]
-    # systemd and scripts end it as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # systemd and scripts end it as Ctrl-C does; and a shell starts what runs in the background with SIGINT ignored.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="cdp-export-", dir=os.environ.get("XDG_RUNTIME_DIR")) as own:
         where = listen or Listen(Path(own) / "nbd.sock")
         try:

@@ -39,7 +39,7 @@ _MODULES: Final = {
     "machines": ("cdp.cli.machines", "machines", "List, add and remove machines."),
     "operators": ("cdp.cli.login", "operators", "Let somebody else become an operator."),
     "pe": ("cdp.cli.pe", "pe", "Build what a standby boots."),
-    "points": ("cdp.cli.recover", "points", "List recovery points."),
+    "points": ("cdp.cli.points", "points", "List recovery points."),
     "protect": ("cdp.cli.protect", "protect", "Start or change the protection of a machine."),
     "recover": ("cdp.cli.recover", "recover", "Write a disk as it was at any second."),
     "retention": ("cdp.cli.retention", "retention", "Show or change how much of a journal is kept."),

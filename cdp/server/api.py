@@ -1,4 +1,4 @@
-"""The operator's API for machines, tokens, recovery points and the audit log. Standbys and takeovers have their own.
+"""The operator's API for machines, tokens and the audit log. Recovery points, standbys and takeovers have their own.
 
 Every act is audited before its answer is sent.
 """
@@ -21,7 +21,6 @@ from cdp.server.join import Joining
 from cdp.server.machines import Machines
 from cdp.server.workers import Changes, Workers
 from journal.errors import BadRequest
-from journal.position import Position
 from standby.spec import check_name
 
 if TYPE_CHECKING:
@@ -75,8 +74,6 @@ class Api:
             ("GET", m.PROTECTION, self.protection),
             ("PUT", m.PROTECTION, self.protect),
             ("POST", m.STANDBY, self.standby),
-            ("GET", m.POINTS, self.points),
-            ("GET", m.POINT, self.point),
             ("POST", m.OPERATOR_TOKENS, self.operator_token),
             ("GET", m.AUDIT, self.audit),
         ):
@@ -174,53 +171,6 @@ class Api:
                 await self._standbys.remove(machine)
         return answer(await self._workers.read(self._machines.status, machine))
 
-    # --- recovery points ----------------------------------------------------------------------------------------------
-    async def points(self, request: web.Request) -> web.StreamResponse:
-        start_s = query_int(request, "from", 0, SECONDS_MAX, 0)
-        end_s = query_int(request, "to", 0, SECONDS_MAX, SECONDS_MAX)
-        machine = await self._named(request)
-        return answer(await self._workers.read(self._points, machine, start_s, end_s))
-
-    def _points(self, machine: uuid.UUID, start_s: int, end_s: int) -> m.PointsAnswer:
-        history = self._store.recovery_points(machine, start_s * NS, min(end_s * NS, 2**63))
-        newest, fuzzy = history.points[-m.POINTS_MAX :], history.fuzzy[-m.POINTS_MAX :]
-        return m.PointsAnswer(
-            points=[(point.sealed_at_ns / NS, point.position) for point in newest],
-            fuzzy=[m.Interval(start_s=_seconds(gap.start_ns), end_s=_seconds(gap.end_ns)) for gap in fuzzy],
-            truncated=len(newest) < len(history.points) or len(fuzzy) < len(history.fuzzy),
-        )
-
-    async def point(self, request: web.Request) -> web.StreamResponse:
-        at = query_text(request, "at", "")
-        try:
-            # Times are shown to the millisecond, so the whole of the millisecond counts.
-            at_ns = int(float(at) * 1000) * (NS // 1000) + NS // 1000 - 1 if at else None
-        except (ValueError, OverflowError):
-            at_ns = -1
-        if at_ns is not None and not 0 <= at_ns < SECONDS_MAX * NS:
-            raise BadRequest("The parameter 'at' is not a time in seconds.", remedy="Correct the request.")
-        bookmark = query_text(request, "bookmark", "")
-        return answer(await self._workers.read(self._point, await self._named(request), at_ns, bookmark))
-
-    def _point(self, machine: uuid.UUID, at_ns: int | None, bookmark: str) -> m.PointAnswer:
-        held = self._store.machine(machine)
-        found: Position | None
-        if bookmark:
-            found = Position.parse(self._store.bookmark(machine, bookmark).position)
-        elif at_ns is None:
-            found = self._store.last_recovery_point(machine)
-            if found is None:
-                found = self._store.position_at(machine, 2**63)  # raises, naming the nearest
-        else:
-            found = self._store.position_at(machine, at_ns)
-        return m.PointAnswer(
-            machine=str(machine),
-            name=held.name,
-            position=str(found),
-            sealed_at_s=self._store.sealed_at_ns(machine, found) / NS,
-            disks=held.disks,
-        )
-
     # --- audit --------------------------------------------------------------------------------------------------------
     async def audit(self, request: web.Request) -> web.StreamResponse:
         limit = query_int(request, "limit", 1, m.AUDIT_MAX, 100)
@@ -246,7 +196,3 @@ class Api:
         principal = request[PRINCIPAL]
         details = {"credential": principal.credential, "from": request.remote or ""}
         await self._workers.write(self._store.audit, principal.name, action, subject, details)
-
-
-def _seconds(time_ns: int | None) -> float | None:
-    return None if time_ns is None else time_ns / NS

@@ -28,6 +28,7 @@ from cdp.server import http, metrics, tls
 from cdp.server.api import Api, Parts
 from cdp.server.auth import Authenticator
 from cdp.server.bookmarks import Bookmarks
+from cdp.server.comparison import Comparisons
 from cdp.server.config import Config
 from cdp.server.control import Hub, Slot
 from cdp.server.dedup import Prefills
@@ -38,12 +39,16 @@ from cdp.server.ingest import Ingest
 from cdp.server.join import Joining, ensure_first_operator
 from cdp.server.limits import Limits
 from cdp.server.machines import Machines
+from cdp.server.points import PointsApi
 from cdp.server.ports import StoreCalls, make_ports
+from cdp.server.proof import Proof
+from cdp.server.reseed import Reseeds
 from cdp.server.retention import Policies, Retentions
 from cdp.server.retention_messages import RetentionPolicy
 from cdp.server.standbys import Standbys, Target
 from cdp.server.takeovers import Takeovers, phase_seconds
 from cdp.server.upkeep import Upkeep
+from cdp.server.verification import Verification
 from cdp.server.workers import ByteBudget, Changes, Workers
 from cdp.store import Store
 from cdp.store.dedup import Dedup
@@ -92,6 +97,7 @@ class Server:
             group.create_task(self.takeovers.watch(), name="watch the rollback windows")
             group.create_task(self.limits.run(), name="tell the bandwidth limits")
             group.create_task(self._renew_certificate(), name="renew the certificate")
+            group.create_task(self.verification.watch(), name="verify in the background")
             group.create_task(self.upkeep.watch(), name="watch the retention")
             group.create_task(self.exports.run(), name="end exports that nobody reads")
 
@@ -141,7 +147,9 @@ class Server:
             prefill=self.prefills.state_of,
             allowance=self.limits.allowance,
             retention=self.retentions.status,
+            proof=lambda machine: self.proof.status(machine),
         )
+        self.proof = self._make_proof(read_budget)
         self.standbys.machines = self.takeovers.machines = self.machines
         calls = StoreCalls(self.store, self.workers, self.changes)
         controller = TakeoverController(calls, make_ports(self.hub, calls, self.standbys, self._deadlines))
@@ -157,6 +165,22 @@ class Server:
         self.upkeep.start()
         stack.push_async_callback(self.upkeep.close)
         return Retentions(self.store, self.workers, policies, self.upkeep)
+
+    def _make_proof(self, budget: ByteBudget) -> Proof:
+        """Verification, comparisons, and standbys that have to be compared."""
+        store, workers = self.store, self.workers
+        self.verification = Verification(store, workers, self.changes, self.hub, self.config.verify)
+        self.comparisons = Comparisons(store, workers, self.hub, self.machines, idle=self.takeovers.check_idle)
+        self.reseeds = Reseeds(store)
+        return Proof(
+            store,
+            workers,
+            self.changes,
+            budget,
+            verification=self.verification,
+            comparisons=self.comparisons,
+            reseeds=self.reseeds,
+        )
 
     def _open_directory(self) -> None:
         """The directory, the CA and the certificate."""
@@ -196,7 +220,14 @@ class Server:
         )
         ingest_budget = ByteBudget(limits.ingest_bytes_max)
         feed = Feed(
-            self.store, self.workers, self.changes, read_budget, self.machines, wait_s_max=limits.feed_wait_s_max
+            self.store,
+            self.workers,
+            self.changes,
+            read_budget,
+            self.machines,
+            wait_s_max=limits.feed_wait_s_max,
+            reseeds=self.reseeds,
+            damaged=self.verification.damaged_segments,
         )
         ingest = Ingest(
             self.store,
@@ -225,8 +256,10 @@ class Server:
         ingest.add_routes(gate)
         feed.add_routes(gate)
         self.prefills.add_routes(gate)
+        self.proof.add_routes(gate)
         self.limits.add_routes(gate)
         self.exports.add_routes(gate)
+        PointsApi(self.store, self.workers).add_routes(gate)
         Api(parts, url=config.public_url, fingerprint=self.authority.fingerprint).add_routes(gate)
         self.retentions.add_routes(gate)
         self.takeovers.add_routes(gate)
@@ -235,6 +268,8 @@ class Server:
         gate.open("GET", METRICS, self._metrics)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
+        stack.push_async_callback(self.verification.close)
+        stack.push_async_callback(self.comparisons.close)
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(self.hub.close)
         stack.callback(feed.close)

@@ -138,9 +138,8 @@ class Exports:
     async def data(self, request: web.Request) -> web.StreamResponse:
         disk, offset = _place(request)
         length = query_int(request, "length", 1, x.DATA_BYTES_MAX)
-        # The answer, and the pieces that it is made of.
-        async with self._reading(request) as image, self._budget.hold(2 * length):
-            return await send_bytes(request, await self._workers.read(image.read, disk, offset, length))
+        async with self._reading(request) as image, self._budget.hold(length):
+            return await send_bytes(request, await self._workers.read(image.view, disk, offset, length))
 
     async def extents(self, request: web.Request) -> web.StreamResponse:
         disk, offset = _place(request)

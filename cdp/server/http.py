@@ -87,7 +87,7 @@ def error_answer(error: CdpError, status: int | None = None) -> web.Response:
     )
 
 
-async def send_bytes(request: web.Request, raw: bytes | bytearray) -> web.StreamResponse:
+async def send_bytes(request: web.Request, raw: bytes | bytearray | memoryview) -> web.StreamResponse:
     """A binary answer in pieces, so that a slow reader holds one buffer of it and not two."""
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     response.content_length = len(raw)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from cdp.server.proof_messages import ProofStatus
 from cdp.server.retention_messages import RetentionStatus
 from journal.wire import DiskInfo, Progress, Struct
 from standby.spec import Deadlines, MachineSpec, Probe, QuiesceMode, SourceDomain, StandbySpec
@@ -32,7 +33,8 @@ PROTECTION = PREFIX + "/machines/{name}/protection"
 STANDBY = PREFIX + "/machines/{name}/standby"
 """POST StandbyAct -> MachineStatus: define, start, stop or remove the standby's domain."""
 POINTS = PREFIX + "/machines/{name}/recovery-points"
-"""GET ?from=&to= (seconds) -> PointsAnswer, at most POINTS_MAX of each kind, the newest."""
+"""GET ?from=&to= (seconds) &limit= -> PointsAnswer: the newest ``limit``, at most POINTS_MAX; for those before them
+ask again up to the time of the first one."""
 POINT = PREFIX + "/machines/{name}/recovery-point"
 """GET ?at= (seconds; absent: the newest) -> PointAnswer: the newest recovery point up to that millisecond's end; or
 ?bookmark=, the one that carries the name."""
@@ -55,7 +57,7 @@ OPERATOR_TOKENS = PREFIX + "/tokens"
 AUDIT = PREFIX + "/audit"
 """GET ?limit= -> list[AuditLine], the newest first."""
 
-POINTS_MAX = 100_000
+POINTS_MAX = 10_000
 AUDIT_MAX = 1000
 
 Stage = Literal["captured", "sealed", "stored", "applied"]
@@ -135,9 +137,18 @@ class Interval(Struct):
     end_s: float | None
 
 
+class PointBookmark(Struct):
+    name: str
+    position: str
+    consistency: Literal["crash", "application"]
+
+
 class PointsAnswer(Struct):
-    points: list[tuple[float, str]]
+    """``points``: time, position, and the bytes that were stored since the one before; oldest first."""
+
+    points: list[tuple[float, str, int]]
     fuzzy: list[Interval]
+    bookmarks: list[PointBookmark]
     truncated: bool
 
 
@@ -208,6 +219,7 @@ class MachineStatus(Struct):
     recovery_point_at_s: float | None
     journal: JournalStatus
     retention: RetentionStatus | None
+    proof: ProofStatus | None
     agent: AgentStatus
     standby: StandbyStatus | None
     standby_state: str

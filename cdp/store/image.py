@@ -79,15 +79,19 @@ class ImageReader:
     def read(self, disk: int, offset: int, length: int) -> bytes:
         """At most ``READ_BYTES_MAX`` bytes, any alignment. Raises ``UnknownDisk`` if they are not all on the disk,
         ``RangeTooLarge``, ``StoredDamage``."""
+        return bytes(self.view(disk, offset, length))
+
+    def view(self, disk: int, offset: int, length: int) -> memoryview:
+        """As ``read``, without a last copy."""
         self._check_range(disk, offset, length)
         if length > READ_BYTES_MAX:
             raise _too_large(length, READ_BYTES_MAX)
         start = offset - offset % SECTOR_BYTES
         stop = -(-(offset + length) // SECTOR_BYTES) * SECTOR_BYTES
-        out = bytearray(stop - start)
+        out = memoryview(bytearray(stop - start))
         for pieces in self._pieces(disk, start, stop - start):
-            self._fill(memoryview(out), start, disk, pieces)
-        return bytes(memoryview(out)[offset - start : offset - start + length])
+            self._fill(out, start, disk, pieces)
+        return out[offset - start : offset - start + length]
 
     def extents(self, disk: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, consecutive, alternating; a hole reads as zeros. Multiples of 512 only."""

@@ -14,6 +14,7 @@ from cdp.store.errors import StoreFailed
 from cdp.store.files import remove_tree
 from cdp.store.frames import Frames
 from cdp.store.ledger import Ledger
+from cdp.store.points import Points
 from cdp.store.machines import unknown_position
 from cdp.store.record import read_extents
 from cdp.store.records import Base, Entry, Span
@@ -46,7 +47,7 @@ class _Tables:
             raise StoreFailed(f"A segment cannot be read: {error}.", remedy="Check the store's disk.") from error
 
 
-class Imaging(Ledger):
+class Imaging(Points):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.frames = Frames(self)

@@ -11,10 +11,16 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import agent_cost, capture_limits, dedup, tps
+from tests.bench import agent_cost, any_second, capture_limits, dedup, tps
 
 SUMMARY = Path("build/bench/summary.json")
-BENCHMARKS = {"tps": tps.measure, "cost": agent_cost.measure, "limits": capture_limits.measure, "dedup": dedup.measure}
+BENCHMARKS = {
+    "any_second": any_second.measure,
+    "tps": tps.measure,
+    "cost": agent_cost.measure,
+    "limits": capture_limits.measure,
+    "dedup": dedup.measure,
+}
 
 
 def main(names: list[str]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_end_to_end import BLOCK, DISK_BYTES, Site, Source
+from tests.cli.test_end_to_end import BLOCK, DISK_BYTES, Source
+from tests.harness.site import Site
 from tests.harness.wait import wait_until
 
 SECONDS = 30
@@ -25,9 +26,7 @@ SECONDS = 30
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site = Site(tmp_path_factory.mktemp("site"))
-    site.cdp(
-        "server", "init", "--config", str(site.config), "--output", str(site.directory / "config/cdp/operator.json")
-    )
+    site.initialise()
     site.start()
     try:
         yield site

@@ -19,10 +19,10 @@ from cdp.store import Store
 from journal.encoder import Encoder
 from journal.extent import Extents, Kind
 from journal.wire import DiskInfo
-from tests.cli.test_end_to_end import Site
 from tests.harness.loop import LoopDisk, scratch_dir
 from tests.harness.mounts import MountNamespace
 from tests.harness.process import run
+from tests.harness.site import Site
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -38,9 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     # Emulated: what libguestfs starts must not depend on what this host can do.
     site = Site(tmp_path_factory.mktemp("site"))
     site.env["LIBGUESTFS_BACKEND_SETTINGS"] = "force_tcg"
-    site.cdp(
-        "server", "init", "--config", str(site.config), "--output", str(site.directory / "config/cdp/operator.json")
-    )
+    site.initialise()
     try:
         images = crash_images(scratch)
         with Store.open(site.directory / "state/store", file_bytes=80 << 20, map_bytes=256 << 20) as store:
