@@ -48,6 +48,11 @@ class LoopDisk:
             self._open = False
             run(["losetup", "--detach", str(self.device)])
 
+    def come_back(self) -> None:
+        """After ``close``: the same content under the same name, as far as the kernel is concerned another disk."""
+        run(["losetup", str(self.device), str(self.backing)])
+        self._open = True
+
     def detached(self) -> bool:
         """Detaching waits for the last user: true once nobody holds the device."""
         backing = Path(f"/sys/block/{self.device.name}/loop/backing_file")
