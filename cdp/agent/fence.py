@@ -4,6 +4,11 @@
     guard     at every start, before the network serves: what is noted is enforced again
     unfence   put the addresses back · delete the note     last, so that a crash leaves this side fenced
 
+Writers that nothing else can stop (quiesce mode none) are stopped by taking the addresses away: nobody hears of what
+they commit after that. Their fence has two steps, so that what was acknowledged before is part of the history:
+
+    sealing   noted · addresses off · the last segment is sealed and stored · only then the fence as above
+
 An agent that learns that it was superseded (the server started a newer generation for the other side) fences itself the
 same way, with the addresses that the server last told it.
 """
@@ -60,8 +65,19 @@ class Fencer:
         self._state = state
         self.fence: Fence | None = state.fence()
 
+    @property
+    def whole(self) -> bool:
+        """Nothing is sealed and pushed any more."""
+        return self.fence is not None and not self.fence.sealing
+
     async def raise_(
-        self, generation: int, addresses: Sequence[str], tip: Position | None, quiesced: Mode | None
+        self,
+        generation: int,
+        addresses: Sequence[str],
+        tip: Position | None,
+        quiesced: Mode | None,
+        *,
+        sealing: bool = False,
     ) -> dict[str, Any]:
         """Fence this machine. The evidence, JSON-serialisable: ``removed``, ``absent``, ``remaining``, …"""
         before = self.fence
@@ -73,6 +89,7 @@ class Fencer:
             removed=[] if before is None else before.removed,
             devices={} if before is None else before.devices,
             routes=[] if before is None else before.routes,
+            sealing=sealing,
         )
         self.fence = fence
         _, evidence = await asyncio.gather(

@@ -214,7 +214,7 @@ async def _protect(  # noqa: PLR0917 (composition: every part once)
             group.create_task(pusher.run(), name="pusher")
             group.create_task(control.run(), name="control")
             group.create_task(orders.watch(), name="watch")
-            if not adopted and fencer.fence is None:
+            if not adopted and not fencer.whole:
                 beginning = _begin(client, pipeline, orders, pusher, status, asker if config.copy.dedup else None)
                 group.create_task(beginning, name="begin")
     finally:

@@ -44,7 +44,8 @@ class Fence(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """This machine may not serve. ``generation`` is the live one that it is not part of; ``tip`` what it had sealed.
 
     ``removed``, ``devices`` and ``routes`` are the evidence of the address removal, kept to undo it. ``quiesced`` says
-    that the services were stopped by us and are to be started when the fence is lifted.
+    that the services were stopped by us and are to be started when the fence is lifted. ``sealing``: the addresses are
+    off, but what was written until then is not sealed yet.
     """
 
     generation: int
@@ -54,6 +55,7 @@ class Fence(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     devices: dict[str, str] = {}
     routes: list[dict[str, Any]] = []
     quiesced: Mode | None = None
+    sealing: bool = False
 
 
 class Addresses(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -169,13 +169,28 @@ class Orders:
         fence = self._fencer.fence
         if fence is not None and fence.tip is not None:
             return {"position": fence.tip}
-        position = await self._pipeline.seal_now(hold=self._status.quiesced)
+        position = await self._pipeline.seal_now(hold=self._status.quiesced and not self._writers_go_on)
         self.pusher.notify()
         await self.pusher.wait_stored(position)
         return {"position": str(position)}
 
     async def _fence(self, args: FenceArgs) -> dict[str, Any]:
+        if self._writers_go_on:
+            await self._seal_last(args)
         return await self._stand_down(args.generation, args.addresses)
+
+    @property
+    def _writers_go_on(self) -> bool:
+        """Only the loss of the addresses can stop them."""
+        fence, noted = self._fencer.fence, self._quiescer.noted
+        return fence.sealing if fence is not None else noted is not None and noted.mode == "none"
+
+    async def _seal_last(self, args: FenceArgs) -> None:
+        """What was acknowledged while the addresses were there is written by now: make it part of the history."""
+        await self._fencer.raise_(args.generation, args.addresses, None, "none", sealing=True)
+        position = await self._pipeline.seal_now(hold=True)
+        self.pusher.notify()
+        await self.pusher.wait_stored(position)
 
     async def _stand_down(self, generation: int, addresses: list[str]) -> dict[str, Any]:
         self._status.fenced = True
@@ -204,7 +219,10 @@ class Orders:
                 generation=args.generation,
                 fenced_generation=fence.generation,
             )
-        await self._pipeline.lift(tip)
+        if self._fencer.whole or (ours := self._pipeline.tip) is None or ours.generation != tip.generation:
+            await self._pipeline.lift(tip)
+        else:
+            self._pipeline.release()  # it never stopped sealing
         await self._fencer.lift(args.addresses)
         if fence.quiesced is not None:
             await self._quiescer.undo(fence.quiesced)
@@ -245,7 +263,7 @@ class Orders:
     async def superseded(self, state: MachineState) -> None:
         """The server says that another side owns the machine."""
         async with self._lock:
-            if self._fencer.fence is None:
+            if not self._fencer.whole:
                 log.error("superseded: generation %d is live on another side", state.generation)
                 addresses = state.service_addresses or self._state.addresses()
                 await self._stand_down(state.generation, addresses)
@@ -253,7 +271,7 @@ class Orders:
     async def diverged(self, reason: str) -> None:
         """What we sealed does not fit what the server has: go on at its tip, with everything compared."""
         async with self._lock:
-            if self._fencer.fence is not None:
+            if self._fencer.whole:
                 return
             now = time.monotonic()
             if reason == "position-fork" and self._last_fork is not None and now - self._last_fork < FORK_WINDOW_S:
@@ -278,7 +296,7 @@ class Orders:
         """Until cancelled: end leases that ran out, keep fenced addresses off."""
         while True:
             noted = self._quiescer.noted
-            if noted is not None and time.monotonic_ns() >= noted.until_ns:
+            if noted is not None and time.monotonic_ns() >= noted.until_ns and self._fencer.fence is None:
                 async with self._lock:
                     log.error("quiesced for too long without a fence: starting what was stopped")
                     try:
@@ -304,8 +322,8 @@ class Orders:
     async def enforce_at_start(self) -> None:
         """Before anything else: a fence outlives the agent and the boot, and nothing may stay frozen."""
         await self.bookmarks.enforce()
-        if self._fencer.fence is not None:
+        if self._fencer.whole:
             self._status.fenced = True
             self.pusher.paused = True
             await self._pipeline.fence()
-            await self._fencer.enforce()
+        await self._fencer.enforce()

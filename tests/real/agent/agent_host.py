@@ -19,6 +19,7 @@ import numpy as np
 
 from cdp.agent import enrol
 from cdp.server import messages as m
+from cdp.store import ImageReader
 from cdp.store.recover import recover
 from journal.position import Position
 from journal.wire import AgentReport, MachineState
@@ -113,6 +114,14 @@ class AgentHost:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def put_row(self, number: int) -> None:
+        """All rows are one block: its content is the last one."""
+        self.write(0, number.to_bytes(8, "big").ljust(4096))
+
+    def row_at(self, position: Position) -> int:
+        with ImageReader(self.server.server.store, self.machine, position) as image:
+            return int.from_bytes(image.read(0, 0, 8), "big")
 
     def scribble(self, seed: int, count: int) -> None:
         rng = np.random.default_rng(seed)

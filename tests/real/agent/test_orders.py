@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 
 import pytest
 
 from cdp.agent.errors import NoRecoveryPoint
+from cdp.agent.state import Fence, StateDir
 from cdp.store import ImageReader
 from journal.errors import CdpError, StaleGeneration
 from journal.position import Position
-from tests.harness.wait import wait_until_async
+from standby.takeover import address
+from tests.harness.wait import wait_until, wait_until_async
 from tests.real.agent.agent_host import DISK_BYTES, AgentHost, agent_host
 from tests.server.running import Writer
 
@@ -19,6 +22,22 @@ SEALS = 100
 """One in ten of them meets a beat."""
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(150)]
+
+
+class Service:
+    """Writes row after row; one counts as acknowledged if the address was still there when it was on the disk."""
+
+    def __init__(self, host: AgentHost) -> None:
+        self.acked = self.written = 0
+        self.ending = threading.Event()
+        self._host = host
+
+    def run(self) -> None:
+        while not self.ending.is_set():
+            self._host.put_row(self.written + 1)
+            self.written += 1
+            if len(address.holds(self._host.addresses)) == len(self._host.addresses):
+                self.acked = self.written
 
 
 async def following(host: AgentHost) -> None:
@@ -79,6 +98,62 @@ async def test_a_sealed_position_holds_all_that_was_written_before_the_order() -
             sealed = Position.parse((await host.call("seal"))["position"])
             with ImageReader(store, host.machine, sealed) as image:
                 assert image.read(0, number * 4096, 4096) == data, f"write {number} is not in {sealed.short}"
+
+
+async def test_what_is_acknowledged_until_the_fence_is_part_of_the_cut() -> None:
+    """Quiesce mode none: the service goes on, and only the loss of its address keeps it from answering."""
+    async with agent_host() as host:
+        await following(host)
+        await host.call("quiesce", mode="none", deadline_s=10, lease_s=60)
+        sealed = Position.parse((await host.call("seal"))["position"])
+        service = Service(host)
+        writing = asyncio.create_task(asyncio.to_thread(service.run))
+        await wait_until_async(lambda: service.acked > 20, 20, "the service")
+        await host.call("fence", generation=1, addresses=host.addresses)
+        acked = service.acked
+        service.ending.set()
+        await writing
+        cut = host.server.server.store.last_recovery_point(host.machine)
+        assert cut is not None and cut > sealed
+        assert (await host.call("seal"))["position"] == str(cut) == host.state().tip
+        assert acked <= host.row_at(cut) <= service.written
+
+
+async def test_a_fence_that_was_cut_short_seals_what_was_acknowledged_before_it() -> None:
+    async with agent_host() as host:
+        await following(host)
+        await host.call("quiesce", mode="none", deadline_s=10, lease_s=60)
+        await host.call("seal")
+        await asyncio.to_thread(host.agent.stop)
+        # As if it had been killed right after the first step of the fence.
+        fence = Fence(generation=1, addresses=host.addresses, quiesced="none", sealing=True)
+        StateDir(host.directory / "state").save_fence(fence)
+        host.put_row(7)
+        await host.start()
+        await asyncio.to_thread(wait_until, lambda: not address.holds(host.addresses), 20, "the addresses' removal")
+        await host.call("fence", generation=1, addresses=host.addresses)
+        cut = host.server.server.store.last_recovery_point(host.machine)
+        assert cut is not None and host.row_at(cut) == 7
+
+
+async def test_a_fence_that_was_cut_short_is_undone_without_a_comparison() -> None:
+    async with agent_host() as host:
+        await following(host)
+        await host.call("quiesce", mode="none", deadline_s=10, lease_s=60)
+        await asyncio.to_thread(host.agent.stop)
+        fence = Fence(generation=1, addresses=host.addresses, quiesced="none", sealing=True)
+        fence.removed, fence.devices = host.addresses, dict.fromkeys(host.addresses, "lo")
+        StateDir(host.directory / "state").save_fence(fence)
+        await host.start()
+        tip = host.state().tip
+        await host.call("unfence", generation=1, tip=tip, addresses=host.addresses)
+        await host.call("thaw")
+        assert await host.held() == sorted(host.addresses)
+        host.put_row(9)
+        point = await host.wait_recovery_point()
+        assert host.row_at(point) == 9
+        report = host.report()
+        assert report is not None and report.resyncs == {}
 
 
 async def test_a_lease_that_runs_out_starts_what_was_stopped() -> None:
