@@ -1,7 +1,8 @@
 """What every part of the store stands on: the lock, the index, the segment files and the state of each machine.
 
 The index is committed some time after the acknowledgement; what it does not know yet is found by ``scan``.
-Order of locks: a machine's ``folding``, its ``writing``, then the index, then the table of machines or a machine's ``lock``.
+Order of locks: a machine's ``folding``, its ``writing``, then the index, then the table of machines or a machine's
+``lock``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ FILE_BYTES: Final = 128 << 20
 MAP_BYTES: Final = 64 << 30
 """Address space for the index, not disk space: about 400 bytes a stored second."""
 SPARES_MAX: Final = 8
+EARLY_BYTES: Final = 512 << 10
+"""From this size on, a segment's bytes are on their way to the disk while they are being verified."""
 FLUSH_INTERVAL_S: Final = 0.5
 """How long an acknowledged segment may be missing from the index; bounds the scan at start."""
 
@@ -46,12 +49,14 @@ class Core:
         map_bytes: int,
         spares_max: int,
         flush_interval_s: float,
+        early_bytes: int,
         files: Files,
         clock_ns: Callable[[], int],
     ) -> None:
         self.directory = directory
         self.files = files
         self.clock_ns = clock_ns
+        self.early_bytes = early_bytes
         self._flush_interval_s = flush_interval_s
         self._states: dict[uuid.UUID, MachineState] = {}
         self._names: dict[str, uuid.UUID] = {}

@@ -19,9 +19,11 @@ Buffer = bytes | bytearray | memoryview
 
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _IOV_MAX: Final = 1024
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class Files(Protocol):
@@ -45,6 +47,9 @@ class Files(Protocol):
 
     def punch(self, handle: int, length: int, offset: int) -> None:
         """Turn the range into a hole. Durable only after ``sync``."""
+
+    def start(self, handle: int, length: int, offset: int) -> None:
+        """Begin to bring the range to the disk, so that ``sync`` has less to wait for. No promise."""
 
     def sync(self, handle: int) -> None:
         """Everything written to ``handle`` so far is durable on return."""
@@ -123,6 +128,9 @@ class OsFiles:
         if not _fallocate(handle, _KEEP_SIZE | _PUNCH_HOLE, offset, length):
             # No holes on this filesystem: zeros mean the same.
             self.write(handle, [bytes(length)], offset)
+
+    def start(self, handle: int, length: int, offset: int) -> None:
+        _libc.sync_file_range(handle, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, handle: int) -> None:
         os.fdatasync(handle)

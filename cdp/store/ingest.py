@@ -2,11 +2,16 @@
 
 put_segment              crash here means
 ──────────────────────   ──────────────────────────────────────────────────────────
-digests, chain, disks    nothing has happened
-record written           a torn tail at most; cut off at start
+header, chain            nothing has happened
+body on its way          bytes without a record header, which nobody looks at
+digests, disks           the same
+record header written    a torn tail at most; cut off at start
 fdatasync                durable: found by the scan at start, though nobody was told
 acknowledged             found by the scan at start
 index committed          in the index
+
+The body of a large segment is on its way to the disk while its digests are being checked: hashing 8 MB takes as long as
+writing them. It becomes a record only with its header, which is written when everything has been verified.
 """
 
 from __future__ import annotations
@@ -18,14 +23,15 @@ import numpy as np
 from cdp.store.errors import StoreFailed, StoreFull, UnknownDisk
 from cdp.store.index import disk_error
 from cdp.store.machines import Machines
-from cdp.store.record import pack_record, record_bytes
+from cdp.store.record import RECORD_HEADER_BYTES, pack_record, record_bytes
 from cdp.store.records import Entry, Machine
 from cdp.store.state import MachineState
 from journal.chain import Verdict, check_machine, judge
-from journal.decoder import Segment, decode
+from journal.decoder import decode
 from journal.errors import CdpError
 from journal.extent import Extents
 from journal.position import Position
+from journal.segment import Header
 
 
 class Ingest(Machines):
@@ -37,16 +43,16 @@ class Ingest(Machines):
         unchanged then.
         """
         state = self.state(machine)
-        segment = decode(raw)
-        check_machine(segment.header, machine)
+        view = memoryview(raw).cast("B")
+        header = Header.unpack(view)
+        check_machine(header, machine)
         with state.writing:
             self.state(machine)  # it may have been removed meanwhile
-            if judge(segment.header, state.tip, lambda seq: self._digest_at(state, seq)) is Verdict.DUPLICATE:
-                return segment.header.position, True
-            _check_extents(state.machine, segment.extents)
+            if judge(header, state.tip, lambda seq: self._digest_at(state, seq)) is Verdict.DUPLICATE:
+                return decode(view).header.position, True
             try:
                 self.check_accepting()
-                entry = self._append(state, segment)
+                entry = self._append(state, header, view)
             except (StoreFull, StoreFailed) as error:
                 state.refusal = error
                 raise
@@ -60,21 +66,34 @@ class Ingest(Machines):
                     state.recovery_point = state.tip
                 state.check()
         self.added_pending()
-        return segment.header.position, False
+        return header.position, False
 
     def refusal(self, machine: uuid.UUID) -> CdpError | None:
         """Why the newest segment that was sent could not be stored; None once one has been."""
         return self.state(machine).refusal
 
-    def _append(self, state: MachineState, segment: Segment) -> Entry:
-        """Write the record behind the last one and sync it; counts only once the caller has moved ``end``."""
-        header = segment.header
+    def _append(self, state: MachineState, header: Header, raw: memoryview) -> Entry:
+        """Verify, write the record behind the last one and sync it; counts only once the caller has moved ``end``."""
         length = record_bytes(header.segment_bytes, header.frame_count)
         if state.file is None or state.end + length > state.file.size_bytes:
             self.roll_file(state, length)
         assert state.file is not None
         try:
-            self.files.write(state.handle, pack_record(segment, state.file.tag, state.end), state.end)
+            early = self.early_bytes <= len(raw) == header.segment_bytes
+            if early:
+                # Whole pages, so that none has to be read first.
+                zeros = bytes(length - RECORD_HEADER_BYTES - len(raw))
+                self.files.write(state.handle, [bytes(RECORD_HEADER_BYTES), raw, zeros], state.end)
+                self.files.start(state.handle, length, state.end)
+            segment = decode(raw)
+            _check_extents(state.machine, segment.extents)
+            record = pack_record(segment, state.file.tag, state.end)
+            if early:
+                head, _, tail = record
+                self.files.write(state.handle, [tail], state.end + RECORD_HEADER_BYTES + len(raw))
+                self.files.write(state.handle, [head], state.end)
+            else:
+                self.files.write(state.handle, record, state.end)
             self.files.sync(state.handle)
         except OSError as error:
             failure = disk_error(error, "a segment")

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from cdp.store.core import FILE_BYTES, FLUSH_INTERVAL_S, MAP_BYTES, SPARES_MAX
+from cdp.store.core import EARLY_BYTES, FILE_BYTES, FLUSH_INTERVAL_S, MAP_BYTES, SPARES_MAX
 from cdp.store.files import Files, OsFiles
 from cdp.store.prefill import Prefill
 from journal.errors import CdpError
@@ -28,13 +28,15 @@ class Store(Prefill):
         map_bytes: int = MAP_BYTES,
         spares_max: int = SPARES_MAX,
         flush_interval_s: float = FLUSH_INTERVAL_S,
+        early_bytes: int = EARLY_BYTES,
         fs: Files | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> Store:
         """Open the store, making an empty one of an empty directory.
 
         ``file_bytes``: preallocated segment files; ``map_bytes``: most that the index may grow to; ``spares_max``:
-        emptied files kept for reuse; ``flush_interval_s``: how long an acknowledged segment may miss in the index.
+        emptied files kept for reuse; ``flush_interval_s``: how long an acknowledged segment may miss in the index;
+        ``early_bytes``: segments of that size are written while they are being verified.
         Raises ``StoreLocked``, ``StoreFormatUnknown``, ``StoreFailed``, ``IndexDamaged``.
         """
         store = cls(
@@ -43,6 +45,7 @@ class Store(Prefill):
             map_bytes=map_bytes,
             spares_max=spares_max,
             flush_interval_s=flush_interval_s,
+            early_bytes=early_bytes,
             files=fs or OsFiles(),
             clock_ns=clock_ns,
         )

@@ -113,6 +113,10 @@ class FaultyFiles:
     def punch(self, handle: int, length: int, offset: int) -> None:
         self.write(handle, [bytes(length)], offset)
 
+    def start(self, handle: int, length: int, offset: int) -> None:
+        """What is begun may be done, or not, when the power is cut: as what was written."""
+        self._alive()
+
     def sync(self, handle: int) -> None:
         self._fail(errno.EIO)
         self._step()
