@@ -18,6 +18,8 @@ from cdp.agent.metrics import AgentCollector
 from cdp.agent.status import Status
 from cdp.cli.main import cli
 from cdp.server import messages as m
+from cdp.server.limit_messages import MachineLimit
+from cdp.server.limits import limit_metrics
 from cdp.server.metrics import Counters, StatusCollector
 from cdp.server.retention_messages import RetentionPolicy, RetentionStatus
 from journal.wire import Progress
@@ -101,7 +103,8 @@ def server_metrics() -> set[str]:
     counters.stored(uuid.UUID(int=1), 1, 0.1, duplicate=False)
     registry = CollectorRegistry()
     registry.register(StatusCollector(lambda: [status], lambda _: {"check": 1.0}))
-    return exported(registry.collect(), counters.registry.collect())
+    limits = limit_metrics([MachineLimit(name="db1", allowed_bytes_per_s=1)])
+    return exported(registry.collect(), counters.registry.collect(), limits)
 
 
 def test_every_metric_is_documented_and_no_other() -> None:

@@ -30,11 +30,11 @@ class MachineLimit(Struct):
     measured over some seconds. ``borrowed_bytes``: sent above the limit, because otherwise writes had been lost."""
 
     name: str
-    rules: list[LimitRule]
-    own_bytes_per_s: int | None
-    allowed_bytes_per_s: int | None
-    sent_bytes_per_s: int
-    borrowed_bytes: int
+    rules: list[LimitRule] = msgspec.field(default_factory=list)
+    own_bytes_per_s: int | None = None
+    allowed_bytes_per_s: int | None = None
+    sent_bytes_per_s: int = 0
+    borrowed_bytes: int = 0
 
 
 class LimitsAnswer(Struct):

@@ -253,17 +253,21 @@ class Limits(Collector):
         return report.borrowed_bytes if isinstance(report, AgentReport) else 0
 
     def collect(self) -> Iterator[Metric]:
-        allowed = GaugeMetricFamily(
-            "cdp_limit_bytes_per_second", "What the machine may send; absent without a limit.", labels=["machine"]
-        )
-        borrowed = CounterMetricFamily(
-            "cdp_limit_borrowed_bytes", "Sent above the limit, to lose no writes.", labels=["machine"]
-        )
-        for one in self.status().machines:
-            if one.allowed_bytes_per_s is not None:
-                allowed.add_metric([one.name], one.allowed_bytes_per_s)
-            borrowed.add_metric([one.name], one.borrowed_bytes)
-        yield from (allowed, borrowed)
+        return limit_metrics(self.status().machines)
+
+
+def limit_metrics(machines: list[m.MachineLimit]) -> Iterator[Metric]:
+    allowed = GaugeMetricFamily(
+        "cdp_limit_bytes_per_second", "What the machine may send; absent without a limit.", labels=["machine"]
+    )
+    borrowed = CounterMetricFamily(
+        "cdp_limit_borrowed_bytes", "Sent above the limit, to lose no writes.", labels=["machine"]
+    )
+    for one in machines:
+        if one.allowed_bytes_per_s is not None:
+            allowed.add_metric([one.name], one.allowed_bytes_per_s)
+        borrowed.add_metric([one.name], one.borrowed_bytes)
+    yield from (allowed, borrowed)
 
 
 def _key(machine: uuid.UUID | None) -> str:
