@@ -48,6 +48,10 @@ directions: the disks hold no known state (nothing was acknowledged yet, or a ta
 that the standby has to seed by comparing."""
 BOOKMARKS = "/v1/machines/{machine}/bookmarks"
 """POST BookmarkRequest -> BookmarkInfo (agent): a bookmark of now, asked for on the machine itself."""
+COMPARISON = "/v1/machines/{machine}/comparisons/{comparison}"
+"""PUT (agent) what its disks hold at a position (``journal/comparison.py``) -> {}; GET (PE) -> the same bytes."""
+LOST = "/v1/machines/{machine}/lost"
+"""POST LostBody (agent): the server is older than what it has acknowledged -> {}."""
 CONTROL = "/v1/control"
 """GET, websocket."""
 
@@ -136,6 +140,12 @@ class PrefillEnded(Struct):
 
 class CursorBody(Struct):
     position: str | None
+
+
+class LostBody(Struct):
+    """``acknowledged``: the last position that the agent knows to have been stored."""
+
+    acknowledged: str
 
 
 class FeedEntry(Struct):

@@ -21,6 +21,7 @@ from cdp.server import messages as m
 from cdp.server.limit_messages import MachineLimit
 from cdp.server.limits import limit_metrics
 from cdp.server.metrics import Counters, StatusCollector
+from cdp.server.proof_messages import ProofStatus
 from cdp.server.retention_messages import RetentionPolicy, RetentionStatus
 from journal.wire import Progress
 
@@ -90,6 +91,7 @@ def server_metrics() -> set[str]:
         recovery_point=None,
         recovery_point_at_s=1.0,
         journal=m.JournalStatus(segment_bytes=1, file_bytes=1, oldest_s=1.0, newest_s=1.0),
+        proof=ProofStatus(verified_s=1.0, verify_success=True, compared_s=1.0, compare_success=True),
         retention=RetentionStatus(policy=RetentionPolicy(), is_default=True, will_hold_s=1.0),
         agent=msgspec.convert(peer | {"resyncs": {"seed": 1}}, m.AgentStatus, from_attributes=True),
         standby=msgspec.convert(peer, m.StandbyStatus, from_attributes=True),

@@ -94,6 +94,11 @@ class Client:
         raw = await self._request("DELETE", wire.PREFILL.format(machine=self.machine))
         return _decode(raw, wire.PrefillEnded)
 
+    async def put_comparison(self, comparison: str, body: bytes) -> None:
+        """What the disks hold at a position (``journal/comparison.py``)."""
+        where = wire.COMPARISON.format(machine=self.machine, comparison=comparison)
+        await self._request("PUT", where, data=_pieces(body, self.bucket), headers={"Content-Length": str(len(body))})
+
     async def bookmark(self, request: wire.BookmarkRequest) -> wire.BookmarkInfo:
         """Answered when the bookmark is there."""
         raw = await self._request(
@@ -177,6 +182,13 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
         if total > ANSWER_BYTES_MAX:
             raise _strange("an answer that is too long")
     return b"".join(parts)
+
+
+async def _pieces(body: bytes, bucket: Bucket) -> AsyncIterator[memoryview]:
+    for at in range(0, len(body), CHUNK_BYTES):
+        piece = memoryview(body)[at : at + CHUNK_BYTES]
+        await bucket.take(len(piece))
+        yield piece
 
 
 async def _stream(path: Path, bucket: Bucket) -> AsyncIterator[memoryview]:

@@ -23,7 +23,6 @@ from concurrent.futures import Executor
 from typing import Final, Literal
 
 import msgspec
-import numpy as np
 
 from cdp.agent import history
 from cdp.agent.capture.session import CaptureSession, Losses
@@ -31,7 +30,6 @@ from cdp.agent.capture.spool import Mark, RawSpool
 from cdp.agent.copy import BUFFER_BYTES
 from cdp.agent.dirty import Geometry
 from cdp.agent.errors import Fenced, no_recovery_point
-from cdp.agent.intervals import key
 from cdp.agent.rounds import Rounds
 from cdp.agent.seal import WINDOW_BYTES, Cut, Sealer
 from cdp.agent.spool import Spool, Spooled
@@ -83,6 +81,7 @@ class Pipeline:
         self._raw = raw
         self._spool = spool
         self._rounds = rounds
+        self.comparison = rounds.comparison
         self._status = status
         self._worker = worker
         self._segment_s = segment_s
@@ -206,8 +205,7 @@ class Pipeline:
     async def copy_again(self, ranges: list[tuple[int, int, int]]) -> None:
         """Send these ``(disk, offset, length)`` ranges anew, whatever they hold: the server has lost them."""
         async with self._lock:
-            starts = np.array([key(disk, offset) for disk, offset, _ in ranges], np.uint64)
-            self._rounds.dirty.mark(starts, starts + np.array([length for *_, length in ranges], np.uint64))
+            self._rounds.mark(ranges)
             if self._cursor is not None:
                 self._cursor = msgspec.structs.replace(self._cursor, dirty=self._rounds.dirty.pack())
                 self._spool.commit(self._cursor)

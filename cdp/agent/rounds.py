@@ -15,8 +15,11 @@ from typing import Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cdp.agent.compare import SourceComparison
 from cdp.agent.copy import BUFFER_BYTES, CHUNK_BYTES, FINE_BYTES, ZERO_DIGEST, Chunk, Copier
 from cdp.agent.dirty import DirtyMap, Geometry, Round
+from cdp.agent.errors import NotComparable
+from cdp.agent.intervals import key
 from cdp.agent.rate import COPY_BACKLOG_S
 from journal.position import Position
 from journal.wire import Progress
@@ -84,12 +87,16 @@ class Rounds:
         self._dirty_since: float | None = None
         self._began: tuple[float, int] = (0.0, 0)
         self._read_next = 0.0
+        self.comparison = SourceComparison(
+            disks, paths, settled=settled, worker=worker, bytes_per_s_max=bytes_per_s_max
+        )
+        """Tells what the disks hold, while nothing has to be copied."""
 
     # --- state --------------------------------------------------------------------------------------------------------
     @property
     def copier(self) -> Copier | None:
         """What has to track captured writes; None before the cut at which tracking begins."""
-        return self._copier if self.phase in ("settling", "reading") else None
+        return self._copier if self.phase in ("settling", "reading") else self.comparison.copier
 
     def clean(self, generation: int) -> bool:
         """Nothing is missing from the history, given a drop generation that was read after draining to the cut."""
@@ -105,7 +112,7 @@ class Rounds:
         """There is something to read now. A comparison waits until the server has all that was sealed before tracking
         began: a digest that is older could match, and the late segment then undo what it matched."""
         if self.phase != "reading" or self.current is None:
-            return False
+            return self.current is None and self.comparison.reading
         stored = self._stored()
         return self.current.kind != "compare" or self._floor is None or (stored is not None and stored >= self._floor)
 
@@ -133,11 +140,17 @@ class Rounds:
     def begin(self, current: Round) -> None:
         """Arm ``current``; also one that a restart has interrupted."""
         self.abandon()
+        self.comparison.end(_copying())
         self._todo = DirtyMap(self._disks)
         self._todo.unpack(current.todo)
         self._copier = Copier(self._paths, self._todo, current)
         self.current = current
         self.phase = "armed"
+
+    def mark(self, ranges: list[tuple[int, int, int]]) -> None:
+        """``(disk, offset, length)`` for the next round."""
+        starts = np.array([key(disk, offset) for disk, offset, _ in ranges], np.uint64)
+        self.dirty.mark(starts, starts + np.array([length for *_, length in ranges], np.uint64))
 
     def abandon(self) -> None:
         """Forget the current round. Whoever calls this starts another one for the same ranges."""
@@ -149,6 +162,7 @@ class Rounds:
     def interrupt(self) -> None:
         """Captured writes are going to be dropped: tracking is worthless from here on; settle again later."""
         self._stop_settling()
+        self.comparison.end(_copying())
         if self._copier is not None:
             self._copier.forget()
             self.phase = "armed"
@@ -157,6 +171,7 @@ class Rounds:
         """One step, after a cut was sealed as ``tip``. ``generation`` was read after the cut's mark, which was made at
         ``monotonic_ns``. Returns a round that has just been finished."""
         finished = None
+        self.comparison.at_cut(tip, monotonic_ns, clean=complete and self.clean(generation))
         match self.phase:
             case "idle":
                 self._maybe_arm(generation)
@@ -241,6 +256,9 @@ class Rounds:
     async def read_until(self, due: float) -> None:
         """Read chunks until ``due`` (monotonic seconds), the buffer is full, or everything is read. Raises
         ``DiskReadFailed`` and, when comparing, what ``hashes`` raises."""
+        if self.current is None:
+            await self.comparison.read_until(due)
+            return
         copier, loop = self._copier, asyncio.get_running_loop()
         assert self.reading and copier is not None and self.current is not None
         rate = self._sending()
@@ -277,3 +295,10 @@ class Rounds:
 
     def _size(self, disk: int) -> int:
         return next(geometry.size_bytes for geometry in self._disks if geometry.index == disk)
+
+
+def _copying() -> NotComparable:
+    return NotComparable(
+        "The source copies what has not been captured.",
+        remedy="Wait until 'cdp status' shows a recovery point, then repeat it.",
+    )

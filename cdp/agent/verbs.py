@@ -6,7 +6,8 @@
     seal      a recovery point now, stored; holds if quiesced               the same position while held or fenced
     fence     no more segments; addresses off, noted, verified              the same evidence
     unfence   addresses on, services started, history goes on               nothing to do
-    resync    compares everything with the server                           another comparison
+    resync    compares everything with the server, or sends ranges anew     another one
+    compare   tells what the disks hold at a position                       how far it is; the same again
     address   adds service addresses                                        nothing to do
     bookmark  a recovery point now, application-consistent if asked for     another one
     limit     how fast to send from now on                                  nothing to do
@@ -76,7 +77,17 @@ class UnfenceArgs(_Args):
 
 
 class ResyncArgs(_Args):
+    """``ranges``: only these ``(disk, offset, length)``, sent whatever they hold; None: compare everything."""
+
     reason: str = "requested"
+    ranges: list[tuple[int, int, int]] | None = None
+
+
+class CompareArgs(_Args):
+    """``finish``: the disks at the next position; answered when the server has it."""
+
+    comparison: str
+    finish: bool = False
 
 
 class AddressArgs(_Args):
@@ -130,6 +141,7 @@ class Orders:
             "fence": self._order(FenceArgs, self._fence),
             "unfence": self._order(UnfenceArgs, self._unfence),
             "resync": self._order(ResyncArgs, self._resync),
+            "compare": self._order(CompareArgs, self._compare, alone=False),
             "address": self._order(AddressArgs, self._address),
             "bookmark": self._order(BookmarkArgs, self.bookmarks.add, alone=False),
             "limit": self._order(LimitArgs, self._limit, alone=False),
@@ -246,8 +258,21 @@ class Orders:
             self.pusher.paused = False  # it had stopped over a fork
             self._status.works("history")
             self.pusher.notify()
-        await self._pipeline.compare(args.reason)
+        if args.ranges is not None:
+            await self._pipeline.copy_again(args.ranges)
+        else:
+            await self._pipeline.compare(args.reason)
         return {}
+
+    async def _compare(self, args: CompareArgs) -> dict[str, Any]:
+        comparison = self._pipeline.comparison
+        if not args.finish:
+            return comparison.ask(args.comparison)
+        told = await comparison.finish(args.comparison)
+        self.pusher.notify()
+        await self.pusher.wait_stored(Position.parse(told.position))
+        await self._client.put_comparison(args.comparison, await asyncio.to_thread(told.encode))
+        return {"position": told.position}
 
     async def _address(self, args: AddressArgs) -> dict[str, Any]:
         if self._fencer.fence is not None:

@@ -52,3 +52,15 @@ class PartMissing(CdpError):
     """This installation lacks the Python packages that the command needs."""
 
     code = "part-missing"
+
+
+class ProofFailed(CdpError):
+    """A verification, a comparison or a check found something."""
+
+    code = "proof-failed"
+
+
+class NothingDone(CdpError):
+    """A result was asked for that does not exist yet."""
+
+    code = "nothing-done"

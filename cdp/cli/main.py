@@ -32,6 +32,7 @@ _MODULES: Final = {
     "commit": ("cdp.cli.takeover", "commit", "Make a takeover final."),
     "cp": ("cdp.cli.files", "cp", "Copy files out of a machine as it was at any second."),
     "export": ("cdp.cli.export", "export", "Serve a machine's disks as they were at any second, over NBD."),
+    "compare": ("cdp.cli.compare", "compare", "Prove that source, store and standby hold the same."),
     "join": ("cdp.cli.agent", "join", "Enrol this machine with a server."),
     "limit": ("cdp.cli.limit", "limit", "Limit what agents send, maybe at certain hours."),
     "login": ("cdp.cli.login", "login", "Become an operator of a server."),
@@ -48,8 +49,10 @@ _MODULES: Final = {
     "server": ("cdp.cli.server", "server", "Run the backup server."),
     "standby": ("cdp.cli.protect", "standby", "Define, start, stop or remove a standby."),
     "status": ("cdp.cli.status", "status", "Show how everything is."),
+    "store": ("cdp.cli.store", "store", "Check, back up and restore the server's store."),
     "takeover": ("cdp.cli.takeover", "takeover", "Move a machine to its standby."),
     "takeovers": ("cdp.cli.takeover", "takeovers", "List the takeovers of a machine."),
+    "verify": ("cdp.cli.verify", "verify", "Read everything that is stored and check it."),
 }
 
 

@@ -139,6 +139,7 @@ class Server:
             busy=self.takeovers.check_idle,
         )
         self.limits = await asyncio.to_thread(Limits, self.store, self.workers, self.hub)
+        self.proof = self._make_proof(read_budget)
         self.machines = Machines(
             self.store,
             self.hub,
@@ -147,9 +148,8 @@ class Server:
             prefill=self.prefills.state_of,
             allowance=self.limits.allowance,
             retention=self.retentions.status,
-            proof=lambda machine: self.proof.status(machine),
+            proof=self.proof.status,
         )
-        self.proof = self._make_proof(read_budget)
         self.standbys.machines = self.takeovers.machines = self.machines
         calls = StoreCalls(self.store, self.workers, self.changes)
         controller = TakeoverController(calls, make_ports(self.hub, calls, self.standbys, self._deadlines))
@@ -170,7 +170,7 @@ class Server:
         """Verification, comparisons, and standbys that have to be compared."""
         store, workers = self.store, self.workers
         self.verification = Verification(store, workers, self.changes, self.hub, self.config.verify)
-        self.comparisons = Comparisons(store, workers, self.hub, self.machines, idle=self.takeovers.check_idle)
+        self.comparisons = Comparisons(store, workers, self.hub, check=self._check_comparable)
         self.reseeds = Reseeds(store)
         return Proof(
             store,
@@ -181,6 +181,10 @@ class Server:
             comparisons=self.comparisons,
             reseeds=self.reseeds,
         )
+
+    def _check_comparable(self, machine: uuid.UUID) -> None:
+        self.machines.require_spec(machine)
+        self.takeovers.check_idle(machine)
 
     def _open_directory(self) -> None:
         """The directory, the CA and the certificate."""

@@ -100,6 +100,17 @@ class Pe(Section, frozen=True):
     """Where ``cdp pe build`` puts the PE's kernel and initramfs. Empty: ``pe`` inside ``directory``."""
 
 
+class Verify(Section, frozen=True):
+    mb_per_s_max: float = 50.0
+    """How fast the background verification reads, in MB/s; 0: as fast as it goes. A terabyte takes six hours at 50."""
+    interval_h: float = 168.0
+    """How old a machine's last verification may get before it is done again. 0: only 'cdp verify' does it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mb_per_s_max <= 1e6 or not 0 <= self.interval_h <= 87600:
+            raise ValueError("mb_per_s_max must lie in 0..1e6 and interval_h in 0..87600")
+
+
 class Config(Section, frozen=True):
     directory: str = DEFAULT_DIRECTORY
     """Everything the server keeps: its CA, the store, the PE image. Root only, on a disk with room for the journal."""
@@ -119,6 +130,7 @@ class Config(Section, frozen=True):
     dedup: Dedup = Dedup()
     retention: Retention = Retention()
     pe: Pe = Pe()
+    verify: Verify = Verify()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -142,3 +142,11 @@ class BookmarksFull(CdpError):
 
     code = "bookmarks-full"
     http_status = 409
+
+
+class ReseedOrdered(CdpError):
+    """The standby has to compare its disks with the store before it follows again."""
+
+    code = "history-changed"
+    transient = True
+    http_status = 409

@@ -8,7 +8,9 @@ asked for. While the history is fuzzy, that feed is silent and a consistent stan
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +31,9 @@ from cdp.server.http import (
     query_text,
     send_bytes,
 )
+from cdp.server.reseed import Reseeds
 from cdp.server.workers import ByteBudget, Changes, Workers
+from cdp.store.damage import hashes_with_damage
 from cdp.store.errors import UnknownPosition
 from cdp.store.image import ImageReader
 from journal import wire
@@ -72,13 +76,18 @@ class Feed:
         machines: Machines,
         *,
         wait_s_max: float,
+        reseeds: Reseeds,
+        damaged: Callable[[uuid.UUID], set[tuple[int, int]]],
     ) -> None:
+        """``damaged``: generation and seq of segments that cannot be read."""
         self._store = store
         self._workers = workers
         self._changes = changes
         self._budget = budget
         self._machines = machines
         self._wait_s_max = wait_s_max
+        self._reseeds = reseeds
+        self._damaged = damaged
         self._closing = False
 
     def add_routes(self, gate: Gate) -> None:
@@ -136,6 +145,12 @@ class Feed:
             headers = self._store.headers_after(machine, after, ENTRIES_MAX)
         except UnknownPosition:
             return wire.FeedAnswer(entries=[], tip=str(tip), restart=True)
+        damaged = self._damaged(machine)
+        readable = list(itertools.takewhile(lambda header: (header.generation, header.seq) not in damaged, headers))
+        if self._reseeds.pending(machine) or (headers and not readable):
+            # Nobody can follow over a damaged segment; comparing leads past it.
+            return wire.FeedAnswer(entries=[], tip=str(tip), restart=True)
+        headers = readable
         if not to_tip:
             headers = [header for header in headers if limit is not None and header.position <= limit]
         entries = [
@@ -192,10 +207,13 @@ class Feed:
 
     def hashes_of(self, machine: uuid.UUID, part: Range, chunk: int) -> bytes:
         with ImageReader(self._store, machine, self._store.live(machine)) as image:
-            return image.hashes(part.disk, part.offset, part.length, chunk)
+            return hashes_with_damage(image, (part.disk, part.offset, part.length), chunk)
 
     async def cursor(self, request: web.Request) -> web.StreamResponse:
-        held = await self._workers.read(self._store.cursor, machine_id(request), _consumer(request))
+        machine = machine_id(request)
+        held = await self._workers.read(self._store.cursor, machine, _consumer(request))
+        if self._reseeds.pending(machine):
+            held = None
         return answer(wire.CursorBody(position=None if held is None else str(held)))
 
     async def set_cursor(self, request: web.Request) -> web.StreamResponse:
@@ -203,7 +221,9 @@ class Feed:
         body = await body_of(request, wire.CursorBody)
         if body.position is None:
             await self._workers.write(self._store.remove_cursor, machine, consumer)
+            await self._workers.write(self._reseeds.begun, machine)
         else:
+            self._reseeds.check(machine)
             at = position(body.position, "position")
             await self._workers.write(self._store.set_cursor, machine, consumer, at)
         return answer(body)

@@ -32,6 +32,7 @@ from standby.spec import MachineSpec
 
 if TYPE_CHECKING:
     from cdp.server.control import Hub, PeerState
+    from cdp.server.proof_messages import ProofStatus
     from cdp.server.retention_messages import RetentionStatus
     from cdp.store import Store, Usage
 
@@ -69,6 +70,7 @@ class Machines:
         prefill: Callable[[uuid.UUID], Prefill] = lambda _: "none",
         allowance: Callable[[uuid.UUID], int | None] = lambda _: None,
         retention: Callable[[uuid.UUID, Usage], RetentionStatus] | None = None,
+        proof: Callable[[uuid.UUID], ProofStatus] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -78,6 +80,7 @@ class Machines:
         self._prefill = prefill
         self._allowance = allowance
         self._retention = retention
+        self._proof = proof
         self._clock = clock
         self._disk_problems: dict[uuid.UUID, DisksChanged] = {}
 
@@ -122,10 +125,9 @@ class Machines:
         return spec
 
     def forget(self, machine: uuid.UUID) -> None:
-        self._store.settings.delete(f"spec/{machine}")
         self._disk_problems.pop(machine, None)
-        self._store.settings.delete(f"retention/{machine}")
-        self._store.settings.delete(f"limit/{machine}")
+        for kind in ("spec", "retention", "limit", "verify", "compare", "reseed"):
+            self._store.settings.delete(f"{kind}/{machine}")
 
     # --- disks --------------------------------------------------------------------------------------------------------
     def report_disks(self, machine: uuid.UUID, disks: list[wire.DiskInfo]) -> None:
@@ -208,6 +210,7 @@ class Machines:
             recovery_point_at_s=self._sealed_at_s(machine, point),
             journal=_journal(usage),
             retention=None if self._retention is None else self._retention(machine, usage),
+            proof=None if self._proof is None else self._proof(machine),
             agent=agent,
             standby=standby,
             standby_state=self._standby_state(machine, standby),
@@ -313,6 +316,7 @@ class Machines:
             if status.standby is not None and not status.standby.connected:
                 problems.append("The standby is not connected.")
         problems = _store_problems(self._store.refusal(machine), status.retention) + problems
+        problems += _proof_problems(status.proof)
         for who, peer in (("agent", status.agent), ("standby", status.standby)):
             if peer is not None and peer.error is not None:
                 problems.append(f"The {who} reports: {peer.error.get('sentence', 'an error')}")
@@ -326,6 +330,15 @@ def _journal(usage: Usage) -> JournalStatus:
         oldest_s=None if usage.oldest_ns is None else usage.oldest_ns / 1e9,
         newest_s=None if usage.newest_ns is None else usage.newest_ns / 1e9,
     )
+
+
+def _proof_problems(proof: ProofStatus | None) -> list[str]:
+    problems = []
+    if proof is not None and proof.damaged:
+        problems.append(f"{proof.damaged} damages were found in what is stored: see 'cdp verify --last'.")
+    if proof is not None and proof.compare_success is False:
+        problems.append("The last comparison did not succeed: see 'cdp compare --last'.")
+    return problems
 
 
 def _store_problems(refusal: CdpError | None, retention: RetentionStatus | None) -> list[str]:

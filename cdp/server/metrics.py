@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cdp.server.messages import MachineStatus
+from cdp.server.proof_messages import ProofStatus
 from cdp.server.retention_messages import RetentionStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -168,8 +169,20 @@ class _Families:
         self._gauge(
             "cdp_journal_oldest_timestamp_seconds", "The oldest stored segment.", journal.oldest_s, machine=name
         )
+        if status.proof is not None:
+            self._proof(name, status.proof)
         if status.retention is not None:
             self._retention(name, status.retention)
+
+    def _proof(self, name: str, proof: ProofStatus) -> None:
+        for what, at_s, success in (
+            ("verify", proof.verified_s, proof.verify_success),
+            ("compare", proof.compared_s, proof.compare_success),
+        ):
+            told = None if success is None else float(success)
+            self._gauge(f"cdp_{what}_last_success", f"1 if the last {what} found nothing wrong.", told, machine=name)
+            self._gauge(f"cdp_{what}_last_timestamp_seconds", f"When the last {what} ended.", at_s, machine=name)
+        self._gauge("cdp_verify_damaged", "Damages that the last verify found.", float(proof.damaged), machine=name)
 
     def _retention(self, name: str, kept: RetentionStatus) -> None:
         for metric, text, value in (

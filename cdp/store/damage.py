@@ -18,18 +18,20 @@ import msgspec
 
 from cdp.store.errors import StoredDamage
 from cdp.store.files import opened
+from cdp.store.image import ImageReader
 from cdp.store.record import read_extents, read_layout
 from cdp.store.records import Entry
 from cdp.store.resolve import BASE
 from cdp.store.store import Store
 from journal.errors import CdpError
 from journal.extent import Extents, Kind
-from journal.position import Position
+from journal.position import DIGEST_BYTES, Position
 from journal.segment import FRAME_BYTES
 
 DamageKind = Literal["segment", "chain", "base", "index", "run"]
 Range = tuple[int, int, int]
 """Disk, offset, length."""
+NO_DIGEST: Final = b"\xff" * DIGEST_BYTES
 LOST_MAX: Final = 10_000
 """Ranges kept of one damage; more are told as the whole machine."""
 
@@ -110,6 +112,21 @@ def _lost_of_segment(store: Store, machine: uuid.UUID, entry: Entry) -> _Lost:
         ]
 
     return _Lost(ranges, needs)
+
+
+def hashes_with_damage(image: ImageReader, part: Range, chunk: int) -> bytes:
+    """As ``ImageReader.hashes``; a chunk that cannot be read has a digest that nothing has, so that whoever compares
+    sends it again, or asks for it."""
+    disk, offset, length = part
+    try:
+        return image.hashes(disk, offset, length, chunk)
+    except StoredDamage:
+        if length <= chunk:
+            return NO_DIGEST
+    # Halves, so that one damaged chunk among many costs few questions.
+    middle = max(1, length // chunk // 2) * chunk
+    first = hashes_with_damage(image, (disk, offset, middle), chunk)
+    return first + hashes_with_damage(image, (disk, offset + middle, length - middle), chunk)
 
 
 def _in_frames(extents: Extents, bad: set[int] | None) -> list[Range]:

@@ -21,6 +21,7 @@ from standby.pe.boot import Kexec, Loader, ReplicatedSystem
 from standby.pe.config import CONFIG_SERIAL, PeConfig, device_by_serial, load
 from standby.pe.control import Control
 from standby.pe.verbs import Verbs
+from standby.replay.compare import StandbyComparison
 from standby.replay.device import BlockDisk
 from standby.replay.fetch import HttpTransport
 from standby.replay.follow import Follower
@@ -59,12 +60,13 @@ class Standby:
                 offload=asyncio.to_thread,
                 observer=system,
             )
-            verbs = Verbs(follower, system)
+            comparison = StandbyComparison(follower, transport, self._disks, clock=clock, offload=asyncio.to_thread)
+            verbs = Verbs(follower, system, comparison)
             control = Control(
                 transport.session,
                 config.server,
                 hello=self._hello,
-                report=lambda: _report(follower, verbs, system),
+                report=lambda: _report(follower, verbs, system, comparison),
                 verbs=verbs.table(),
                 leaving="finish_boot",
                 departure=verbs.depart,
@@ -73,6 +75,7 @@ class Standby:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(follower.run())
                 tasks.create_task(control.run())
+                tasks.create_task(comparison.watch())
 
     def _system(self, transport: HttpTransport) -> ReplicatedSystem:
         async def service_addresses() -> list[str]:
@@ -95,15 +98,18 @@ class Standby:
         return wire.Hello(role="pe", version=_version(), boot_id=boot_id, disks=disks)
 
 
-def _report(follower: Follower, verbs: Verbs, system: ReplicatedSystem) -> wire.StandbyReport:
+def _report(
+    follower: Follower, verbs: Verbs, system: ReplicatedSystem, comparison: StandbyComparison
+) -> wire.StandbyReport:
     now = follower.status()
     error = now.error or system.error
     permanent = now.error is not None and not now.error.transient
-    if verbs.leaving or now.state in ("draining", "drained"):
+    draining = now.state in ("draining", "drained")
+    if verbs.leaving or (draining and not comparison.holding):
         state = "taking-over"
     elif permanent:
         state = "failed"
-    elif now.state == "following":
+    elif draining or now.state == "following":
         state = "ready" if system.ready else "following"
     else:
         state = {"starting": "pe-booting", "seeding": "seeding"}.get(now.state, "seeding")
@@ -113,7 +119,7 @@ def _report(follower: Follower, verbs: Verbs, system: ReplicatedSystem) -> wire.
         applied_at_s=None if now.sealed_at_ns is None or not now.consistent else now.sealed_at_ns / 1e9,
         backlog_bytes=now.backlog_bytes,
         kexec_ready=system.ready,
-        progress=now.progress,
+        progress=now.progress or comparison.progress,
         cpu_s=time.process_time(),
         resident_bytes=int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
         error=None if error is None else error.as_dict(),

@@ -15,6 +15,7 @@ import msgspec
 from journal.errors import BadRequest, NotInjected
 from journal.position import Position
 from standby.pe.injection import InjectSpec
+from standby.replay.compare import StandbyComparison
 from standby.replay.follow import Follower
 from standby.replay.ports import T
 from standby.takeover import address
@@ -60,9 +61,10 @@ class Boot(Protocol):
 class Verbs:
     """One takeover at a time: the server sees to that."""
 
-    def __init__(self, follower: Follower, boot: Boot) -> None:
+    def __init__(self, follower: Follower, boot: Boot, comparison: StandbyComparison | None = None) -> None:
         self._follower = follower
         self._boot = boot
+        self._comparison = comparison
         self._injected: dict[str, list[str]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._announcing: set[asyncio.Task[object]] = set()
@@ -76,11 +78,13 @@ class Verbs:
             "finish_boot": self.finish_boot,
             "abort": self.abort,
             "status": self.status,
-        }
+        } | ({} if self._comparison is None else self._comparison.verbs())
 
     async def drain(self, raw: dict[str, Any]) -> dict[str, Any]:
         args = _parsed(raw, DrainArgs)
         target = None if args.position is None else _position(args.position)
+        if self._comparison is not None:
+            self._comparison.give_up()
         return {"applied": str(await self._follower.drain(target))}
 
     async def inject(self, raw: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from journal import wire
+from journal.comparison import BODY_BYTES_MAX
 from journal.errors import CdpError
 from journal.extent import SECTOR_BYTES
 from journal.position import DIGEST_BYTES, Position
@@ -87,6 +88,9 @@ class HttpTransport:
         query = {"disk": str(disk), "offset": str(offset), "length": str(length), "chunk": str(chunk)}
         bytes_max = -(-length // SECTOR_BYTES) * DIGEST_BYTES
         return bytes(await self._ask("GET", wire.HASHES, query=query, bytes_max=bytes_max))
+
+    async def comparison(self, comparison: str) -> bytearray:
+        return await self._ask("GET", wire.COMPARISON, names={"comparison": comparison}, bytes_max=BODY_BYTES_MAX)
 
     async def cursor(self) -> Position | None:
         text = _decode(_CURSOR, await self._ask("GET", wire.CURSOR)).position

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import msgspec
 
+from journal.wire import Hello, StandbyReport
+from standby.pe.control import Control
+from standby.replay.compare import StandbyComparison
 from standby.replay.device import BlockDisk
 from standby.replay.fetch import HttpTransport
 from standby.replay.follow import Follower
@@ -48,9 +51,29 @@ async def run(config: StandbyConfig) -> None:
     )
     async with transport:
         follower = Follower(machine, transport, disks, clock=SystemClock(), offload=asyncio.to_thread)
+        comparison = StandbyComparison(follower, transport, disks, clock=SystemClock(), offload=asyncio.to_thread)
+        control = Control(
+            transport.session,
+            config.server,
+            hello=lambda: Hello(role="pe", version="test", boot_id=""),
+            report=lambda: StandbyReport(state=_state(follower), applied=None, applied_at_s=None),
+            verbs=comparison.verbs(),
+            leaving="",
+            departure=_never,
+            clock=SystemClock(),
+        )
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(follower.run()), group.create_task(_report(follower))]
+            work = (follower.run(), _report(follower), control.run(), comparison.watch())
+            tasks = [group.create_task(one) for one in work]
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: [task.cancel() for task in tasks])
+
+
+async def _never() -> None:
+    raise AssertionError("nothing leaves here")
+
+
+def _state(follower: Follower) -> str:
+    return "following" if follower.status().consistent else "seeding"
 
 
 async def _report(follower: Follower) -> None:

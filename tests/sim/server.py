@@ -15,6 +15,7 @@ from cdp.server.ingest import Ingest
 from cdp.server.machines import CONSUMER, Machines, Side
 from cdp.server.messages import ProtectRequest
 from cdp.server.metrics import Counters
+from cdp.server.reseed import Reseeds
 from cdp.server.workers import ByteBudget, Changes, P, Workers
 from cdp.store import Store
 from journal import wire
@@ -122,7 +123,16 @@ class Server:
             self.store, Hub(peers_max=1, on_hello=_nobody), takeovers=self.owner, domain_state=lambda _: "running"
         )
         self.ingest = Ingest(self.store, workers, self.changes, budget, _COUNTERS, request_idle_s=60.0)
-        self.feed = self._feed(self.store, workers, self.changes, budget, self.machines, wait_s_max=30.0)
+        self.feed = self._feed(
+            self.store,
+            workers,
+            self.changes,
+            budget,
+            self.machines,
+            wait_s_max=30.0,
+            reseeds=Reseeds(self.store),
+            damaged=lambda _: set(),
+        )
         self.up = True
         self.incarnation += 1
         self._down.clear()

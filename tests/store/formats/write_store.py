@@ -32,8 +32,8 @@ def fill(store: Store) -> dict[str, Any]:
     """Two machines: one with a folded base image, a fuzzy interval, a run file, and a takeover's second generation;
     and one that is only a genesis and three seconds."""
     first = make(store, *SIZES, name="db1", seed=11)
-    for second in range(10):
-        first.put(store, small_writes(first, second))
+    for at in range(10):
+        first.put(store, small_writes(first, at))
     store.set_cursor(first.machine, "standby", first.position)
     store.retain(first.machine, keep_ns=6 * SECOND_NS, now_ns=10 * SECOND_NS)
     for number in range(4):
@@ -43,7 +43,7 @@ def fill(store: Store) -> dict[str, Any]:
     first.check(store, first.position)
     first.put(store, small_writes(first, 20), Flags.FUZZY)
     cut = first.put(store, small_writes(first, 21))
-    store.add_bookmark(first.machine, "before", cut, "a note", consistent=True)
+    store.add_bookmark(first.machine, "before", cut, "a note", consistency="application")
     dead = first.put(store, small_writes(first, 22))
     first.branch(store, cut, "takeover")
     first.put(store, small_writes(first, 23))
