@@ -128,13 +128,14 @@ class Ledger(Amounts):
     ) -> Bookmark:
         """Name a recovery point. An expired bookmark gives its name away. Raises ``BookmarkExists``,
         ``UnknownPosition``."""
-        header = self.header(machine, position)
-        if not header.is_recovery_point:
+        if not self.is_recovery_point(machine, position):
             raise unknown_position(machine, position)
+        base = self.state(machine).base  # the oldest recovery point; its segment may be folded
+        is_base = base is not None and base.target_position == position
         row = Bookmark(
             name=name,
             position=str(position),
-            sealed_at_ns=header.sealed_at_ns,
+            sealed_at_ns=base.sealed_at_ns if base and is_base else self.header(machine, position).sealed_at_ns,
             created_at_ns=self.clock_ns(),
             note=note,
             consistent=consistency == "application",
