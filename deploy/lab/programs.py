@@ -118,13 +118,13 @@ class Processes:
                 f"{process.name} has ended: {log.read_text(errors='replace')[-1500:].strip()}", log=str(log)
             )
 
-    def stop(self, name: str) -> None:
+    def stop(self, name: str, terminate_s: float = TERMINATE_S) -> None:
         """Ask it to end, then kill it; forget it."""
         process = self.find(name)
         if process is None:
             return
         process.signal(signal.SIGTERM)
-        end = time.monotonic() + TERMINATE_S
+        end = time.monotonic() + terminate_s
         while process.alive and time.monotonic() < end:
             time.sleep(_POLL_S)
         self.kill(name)
