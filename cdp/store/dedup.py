@@ -72,6 +72,11 @@ class Dedup:
     def start(self) -> None:
         self._store.start_thread("store-chunks", self._run)
 
+    @property
+    def shared_bytes(self) -> int:
+        """Of base images, stored once although two machines have them; since the start."""
+        return self._sharer.shared_bytes
+
     # --- finding ------------------------------------------------------------------------------------------------------
     def fill(self, machine: uuid.UUID, key: str, disk: int, wanted: Sequence[Wanted]) -> int:
         """Lay what the store has of ``wanted`` (ascending numbers) below ``machine``; how many chunks that were.
