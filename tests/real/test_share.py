@@ -1,4 +1,4 @@
-"""Reflinks: equal chunks of two base images take their space once, where the filesystem can do it, and only equal ones."""
+"""Reflinks: equal chunks of base images take their space once, where the filesystem can do it, and only equal ones."""
 
 from __future__ import annotations
 
