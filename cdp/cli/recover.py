@@ -19,10 +19,11 @@ import click
 
 from cdp.cli.client import connect
 from cdp.cli.errors import OutputExists, RecoverFailed
-from cdp.cli.imagefile import Advance, ImageFile
 from cdp.cli.nbd import Held, hold
 from cdp.cli.point import choose_disk, find_point, point_options, short_name
+from cdp.cli.remoteimage import CONNECTIONS, RemoteImage
 from cdp.cli.show import json_option, moment, print_json, progress, size
+from cdp.imagefile import Advance, ImageFile
 from journal import wire
 
 
@@ -105,8 +106,7 @@ def write_image(held: Held, disk: wire.DiskInfo, output: Path, *, form: str, ver
         try:
             _claim(file, partial)
             try:
-                os.ftruncate(file, 0)
-                image = ImageFile(held, disk, file, advance)
+                image = ImageFile(RemoteImage(held, disk), partial, advance, threads=CONNECTIONS)
                 image.write(check=verify)
                 if form == "qcow2":
                     _to_qcow2(partial, converted)

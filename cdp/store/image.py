@@ -28,6 +28,7 @@ from journal.wire import GENESIS_IMAGE_SEQ, DiskInfo
 READ_BYTES_MAX: Final = 64 << 20
 """One ``read``: bounds the memory of whoever asks."""
 _HASH_BATCH_BYTES: Final = 8 << 20
+_ZEROS: Final = memoryview(bytes(1 << 20))
 CHUNK_BYTES_MAX: Final = 16 << 20
 HASHES_MAX: Final = 1 << 16
 """Digests in one answer: 2 MiB."""
@@ -92,6 +93,14 @@ class ImageReader:
         for pieces in self._pieces(disk, start, stop - start):
             self._fill(out, start, disk, pieces)
         return out[offset - start : offset - start + length]
+
+    def read_into(self, disk: int, offset: int, out: memoryview) -> None:
+        """As ``read``, into a buffer of the caller's; multiples of 512 only."""
+        self._check_range(disk, offset, len(out), SECTOR_BYTES)
+        if len(out) > READ_BYTES_MAX:
+            raise _too_large(len(out), READ_BYTES_MAX)
+        for pieces in self._pieces(disk, offset, len(out)):
+            self._fill(out, offset, disk, pieces)
 
     def extents(self, disk: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, consecutive, alternating; a hole reads as zeros. Multiples of 512 only."""
@@ -183,7 +192,7 @@ class ImageReader:
         return self._versions.pieces(self._spans(), disk, offset, length)
 
     def _fill(self, out: memoryview, out_start: int, disk: int, pieces: Pieces) -> None:
-        """Read the data of ``pieces``, segment by segment, so that each frame is decompressed once."""
+        """Write all of ``pieces``, segment by segment, so that each frame is decompressed once."""
         order = np.lexsort((pieces.payload_offsets, pieces.seqs, pieces.generations))
         columns = (
             pieces.offsets,
@@ -196,16 +205,17 @@ class ImageReader:
         rows = zip(*(column[order].tolist() for column in columns), strict=True)
         for offset, length, kind, generation, seq, payload_offset in rows:
             target = out[offset - out_start : offset - out_start + length]
-            if kind == Kind.DATA:
-                try:
-                    self._store.frames.read_into(target, (self.machine.uuid, generation, seq), payload_offset)
-                except SegmentGone:
-                    # Folded meanwhile: look again, the base image has it now.
-                    target[:] = bytes(length)
-                    for now in self._pieces(disk, offset, length):
-                        self._fill(target, offset, disk, now)
-            elif kind == BASE:
-                self._base.read_into(disk, offset, target)
+            if kind != Kind.DATA:
+                _clear(target)
+                if kind == BASE:
+                    self._base.read_into(disk, offset, target)
+                continue
+            try:
+                self._store.frames.read_into(target, (self.machine.uuid, generation, seq), payload_offset)
+            except SegmentGone:
+                # Folded meanwhile: look again, the base image has it now.
+                for now in self._pieces(disk, offset, length):
+                    self._fill(target, offset, disk, now)
 
     def _parts(self, disk: int, pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, neighbours of one kind already joined: there may be millions of pieces."""
@@ -247,6 +257,12 @@ def _chunks_with_data(
         for at in range(first, last, batch):
             yield at, min(at + batch, last)
         done = max(done, last)
+
+
+def _clear(target: memoryview) -> None:
+    for at in range(0, len(target), len(_ZEROS)):
+        part = target[at : at + len(_ZEROS)]
+        part[:] = _ZEROS[: len(part)]
 
 
 def _too_large(length: int, fits: int) -> RangeTooLarge:

@@ -9,9 +9,11 @@ import os
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
+from cdp.imagefile import Fill, ImageFile
 from cdp.store.errors import NoRecoveryPoint, RecoverFailed
 from cdp.store.files import OsFiles, opened
 from cdp.store.image import ImageReader
@@ -19,8 +21,9 @@ from cdp.store.store import Store
 from journal.position import Position
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of data done and the bytes of data in all."""
-_BATCH_BYTES: Final = 32 << 20
+"""Called with the bytes of the disk done and in all."""
+THREADS: Final = 3
+"""Decompressing and writing let go of the interpreter's lock."""
 
 
 def recover(  # noqa: PLR0917 (the first five say what goes where)
@@ -66,42 +69,38 @@ def recover(  # noqa: PLR0917 (the first five say what goes where)
             path.unlink(missing_ok=True)
 
 
+class _Disk:
+    """As ``ImageFile`` wants it."""
+
+    def __init__(self, image: ImageReader, disk: int) -> None:
+        self._image = image
+        self._disk = disk
+
+    def size_bytes(self) -> int:
+        return self._image.disk(self._disk).size_bytes
+
+    def extents(self) -> Iterator[tuple[int, int, bool]]:
+        return self._image.walk_extents(self._disk, 0, self.size_bytes())
+
+    @contextmanager
+    def filling(self) -> Iterator[Fill]:
+        yield lambda offset, into: self._image.read_into(self._disk, offset, into)
+
+
 def _write_raw(image: ImageReader, disk: int, path: Path, progress: Progress | None) -> None:
-    size_bytes = image.disk(disk).size_bytes
+    source = _Disk(image, disk)
+    total, done = source.size_bytes(), 0
     path.unlink(missing_ok=True)
-    files = OsFiles()
-    files.create_sparse(path, size_bytes)
-    total = sum(size for _, size in image.data_extents(disk))
-    done = 0
-    if progress is not None:
-        progress(0, total)
-    with opened(files, path, write=True) as handle:
-        for parts in _batches(image.data_extents(disk)):
-            start = parts[0][0]
-            data = memoryview(image.read(disk, start, parts[-1][0] + parts[-1][1] - start))
-            for at, size in parts:
-                files.write(handle, [data[at - start : at - start + size]], at)
-                done += size
-            if progress is not None:
-                progress(done, total)
-        os.fsync(handle)
+    path.touch(mode=0o600)
 
+    def advance(disk_bytes: int) -> None:
+        nonlocal done
+        done += disk_bytes
+        if progress is not None:
+            progress(done, total)
 
-def _batches(extents: Iterator[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Ascending extents, cut and grouped so that a group spans ``_BATCH_BYTES`` at most."""
-    batch: list[tuple[int, int]] = []
-    for start, size in extents:
-        while size:
-            room = _BATCH_BYTES - (start - batch[0][0]) if batch else _BATCH_BYTES
-            if room <= 0:
-                yield batch
-                batch = []
-                continue
-            take = min(room, size)
-            batch.append((start, take))
-            start, size = start + take, size - take  # noqa: PLW2901
-    if batch:
-        yield batch
+    advance(0)
+    ImageFile(source, path, advance, threads=THREADS).write(check=False)
 
 
 def _convert(raw: Path, out: Path) -> None:

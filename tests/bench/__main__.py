@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import agent_cost, any_second, capture_limits, dedup, tps
+from tests.bench import agent_cost, any_second, capture_limits, dedup, recover, tps
 
 SUMMARY = Path("build/bench/summary.json")
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "cost": agent_cost.measure,
     "limits": capture_limits.measure,
     "dedup": dedup.measure,
+    "recover": recover.measure,
 }
 
 
