@@ -94,6 +94,11 @@ class Client:
         raw = await self._request("DELETE", wire.PREFILL.format(machine=self.machine))
         return _decode(raw, wire.PrefillEnded)
 
+    async def lost(self, position: Position) -> None:
+        """The server has acknowledged ``position``, or what came before it, and does not know it any more."""
+        body = msgspec.json.encode(wire.LostBody(acknowledged=str(position)))
+        await self._request("POST", wire.LOST.format(machine=self.machine), data=body)
+
     async def put_comparison(self, comparison: str, body: bytes) -> None:
         """What the disks hold at a position (``journal/comparison.py``)."""
         where = wire.COMPARISON.format(machine=self.machine, comparison=comparison)

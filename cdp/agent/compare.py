@@ -190,6 +190,15 @@ class SourceComparison:
     def reading(self) -> bool:
         return self.phase == "reading"
 
+    @property
+    def urgent(self) -> bool:
+        """A cut at once ends the last round: what is written until then is what stays unsettled."""
+        if not self._last or self._prover is None:
+            return False
+        if self.phase == "settling":
+            return self._settling is not None and self._settling.done()
+        return self.phase == "reading" and self._prover.next() is None
+
     def at_cut(self, tip: Position, monotonic_ns: int, *, clean: bool) -> None:
         """After a cut was sealed as ``tip``; ``clean``: it is a recovery point."""
         if self.phase in ("idle", "done"):

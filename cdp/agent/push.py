@@ -4,6 +4,7 @@ What the server says when we ask where it stands, with ``ours`` the last sealed 
 
     server                                        then
     we are fenced                                 SUPERSEDED: stop, give up the addresses
+    its tip is before what it has acknowledged    LOST: an older copy of it was restored; tell it, then as DIVERGED
     its tip is ours                               all is there
     its tip is before ours, the rest is spooled   push the rest
     anything else, a newer generation included    DIVERGED: the histories do not meet; compare and go on at its tip
@@ -46,6 +47,7 @@ REFUSED_S: Final = 15.0
 class Standing(Enum):
     SUPERSEDED = "superseded"
     DIVERGED = "diverged"
+    LOST = "lost"
     CONTINUES = "continues"
 
 
@@ -56,10 +58,12 @@ def compare(state: wire.MachineState, ours: Position, spooled: Sequence[Spooled]
     tip = Position.parse(state.tip)
     if tip == ours:
         return Standing.CONTINUES
+    if tip.generation < ours.generation:
+        return Standing.LOST
     if tip.generation != ours.generation or tip.seq >= ours.seq:
         return Standing.DIVERGED
     if not spooled or spooled[0].position.seq > tip.seq + 1:
-        return Standing.DIVERGED
+        return Standing.LOST
     at_tip = next((entry.position for entry in spooled if entry.position.seq == tip.seq), tip)
     return Standing.CONTINUES if at_tip == tip else Standing.DIVERGED
 
@@ -68,6 +72,8 @@ class Server(Protocol):
     async def state(self) -> wire.MachineState: ...
 
     async def put_segment(self, position: Position, path: Path, length: int) -> wire.StoredAnswer: ...
+
+    async def lost(self, position: Position) -> None: ...
 
 
 class Pusher:
@@ -135,6 +141,10 @@ class Pusher:
         match compare(state, ours, self._spool.entries):
             case Standing.SUPERSEDED:
                 await self._superseded(state)
+            case Standing.LOST:
+                # It has to tell the standby, which may have applied what the server does not know any more.
+                await self._server.lost(ours)
+                await self._diverged("server-lost-segments")
             case Standing.DIVERGED:
                 await self._diverged("server-tip")
             case Standing.CONTINUES:

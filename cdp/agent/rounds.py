@@ -105,7 +105,7 @@ class Rounds:
     @property
     def urgent(self) -> bool:
         """A cut at once brings the round forward."""
-        return self.phase == "armed"
+        return self.phase == "armed" or self.comparison.urgent
 
     @property
     def reading(self) -> bool:

@@ -74,6 +74,9 @@ class AgentLink(Link):
             raw = bytearray(damage(self._dice, raw))
         return await self.ask(lambda: self._server.put(position, raw))
 
+    async def lost(self, position: Position) -> None:
+        raise AssertionError(f"the store does not know {position.short} any more, which it has acknowledged")
+
 
 class StandbyLink(Link):
     """``standby.replay.ports.Transport``. ``durable_at`` is asked before each acknowledgement leaves."""

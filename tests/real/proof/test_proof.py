@@ -1,4 +1,4 @@
-"""Compare, verify and repair over the real path: capture, agent, server, replay, loop disks, and a load that goes on."""
+"""Compare, verify and repair over the real path: capture, agent, server, replay, loop disks, a load that goes on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 SIZES = (160 << 20, 64 << 20)
 PART = 64 << 10
 T = TypeVar("T")
+A = TypeVar("A", pm.VerifyAnswer, pm.CompareAnswer)
 
 
 def test_all_three_agree_while_the_source_writes_and_what_differs_is_found_exactly() -> None:
@@ -85,7 +86,7 @@ def verify(plant: Plant, *, repair: bool = False) -> pm.VerifyReport:
     return proven(plant, pm.VERIFY, {"repair": repair}, pm.VerifyAnswer, lambda answer: answer.last)
 
 
-def proven(plant: Plant, path: str, body: Any, kind: Any, result: Callable[[Any], T | None]) -> T:
+def proven(plant: Plant, path: str, body: Any, kind: type[A], result: Callable[[A], T | None]) -> T:
     plant.client.ask("POST", path.format(name=NAME), body=body)
     ended: list[T] = []
 
