@@ -174,6 +174,8 @@ class Guardian:
         libc = ctypes.CDLL(None)
         for fd in self._mounts.values():
             libc.syncfs(fd)  # the most of it now, so that little is left for when nobody may write
+        if time.monotonic() >= deadline:
+            raise Failed(f"writing back the cache took longer than {self._plan['prepare_s']:g} s (prepare_s)")
         say("ready")
         self._wait(lambda: self._ordered, deadline, "the agent did not go on within {prepare_s:g} s (prepare_s)")
 

@@ -25,7 +25,7 @@ from cdp.agent import metrics, runtime
 from cdp.agent.capture import devices as devices_
 from cdp.agent.capture import pins, settle
 from cdp.agent.capture.devices import Device
-from cdp.agent.capture.errors import CaptureMismatch
+from cdp.agent.capture.errors import CaptureMismatch, PrivilegeMissing
 from cdp.agent.capture.session import CaptureSession
 from cdp.agent.capture.spool import RawSpool
 from cdp.agent.client import Client
@@ -98,9 +98,15 @@ def detach(config: AgentConfig) -> None:
 def bookmark(config: AgentConfig, request: wire.BookmarkRequest) -> wire.BookmarkInfo:
     """Ask the server for a bookmark as this machine; it turns to the agent that runs here."""
     state = StateDir(config.state_dir)
+    try:
+        identity = state.identity()
+    except PermissionError as error:
+        raise PrivilegeMissing(
+            f"{error.filename} cannot be read: the machine's credential is root's.", remedy="Run it as root."
+        ) from error
 
     async def ask() -> wire.BookmarkInfo:
-        async with _client(config, state, state.identity()) as client:
+        async with _client(config, state, identity) as client:
             return await client.bookmark(request)
 
     return asyncio.run(ask())

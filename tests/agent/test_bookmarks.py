@@ -175,6 +175,9 @@ async def test_what_is_refused_before_anything_is_held_up(stage: Stage) -> None:
     away = BookmarkConfig(freeze=[Path("/absent")])
     with pytest.raises(HookFailed, match="/absent cannot be opened"):
         await stage.bookmark(away)
+    memory = BookmarkConfig(freeze=[Path("/dev/shm")])
+    with pytest.raises(HookFailed, match="/dev/shm cannot be frozen"):
+        await stage.bookmark(memory)
     assert stage.lines == []
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,6 +242,15 @@ def _check_redo(log: str, hooks: str) -> None:
 def _lsn(text: str) -> int:
     high, low = text.split("/")
     return int(high, 16) << 32 | int(low, 16)
+
+
+def test_the_file_systems_of_the_protected_disks_are_found(site: Site) -> None:
+    numbers = [disk.device.stat().st_rdev for disk in site.plant.disks]
+    disks = {(os.major(number), os.minor(number)) for number in numbers}
+    found = site.plant.namespace.run(
+        [sys.executable, "-c", f"from cdp.agent.freezing import mounts_on; print(*mounts_on({disks}), sep='\\n')"]
+    )
+    assert found.split() == [str(mount) for mount in reversed(site.mounts)]
 
 
 def test_from_the_machine_itself(site: Site) -> None:
