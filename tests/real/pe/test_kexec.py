@@ -1,8 +1,14 @@
-"""From an empty disk to PostgreSQL answering: the PE boots, seeds, follows, prepares, and becomes the machine."""
+"""From an empty disk to PostgreSQL answering: the PE boots, seeds, follows, prepares, and becomes the machine.
+
+While it follows under load, its process is killed again and again: the disks end equal all the same.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import random
 import time
 import uuid
 from pathlib import Path
@@ -25,11 +31,17 @@ from tests.server.running import Running, Writer, running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
+KILLS = 10
+LOAD_BYTES = 16 << 20
+"""Behind the last partition: written to all the time, and nobody's."""
+BLOCK = 4096
+
 
 async def test_takeover_by_kexec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target, config = tmp_path / "source.raw", tmp_path / "target.raw", tmp_path / "config.raw"
     base = await asyncio.to_thread(lambda: source_image.base_disk(wheelhouse(print), print))
     await asyncio.to_thread(source_disk, base, source)
+    os.truncate(source, source.stat().st_size + LOAD_BYTES)
     with target.open("wb") as file:
         file.truncate(source.stat().st_size)
     image = await asyncio.to_thread(build)
@@ -57,16 +69,19 @@ async def test_takeover_by_kexec(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
             await wait_until_async(lambda: report() is not None, 120, f"the PE's first report\n{vm.said()}")
             times["PE's first report"] = time.monotonic() - began
-            # The source lives on: heartbeats, each a recovery point.
-            heart = asyncio.create_task(heartbeats(server, agent, writer))
+            stop = asyncio.Event()
+            load = asyncio.create_task(live_on(server, agent, writer, source, stop))
             try:
                 await wait_until_async(is_ready, 300, "readiness")
+                times["ready"] = time.monotonic() - began
+                await killed_again_and_again(server, key, vm)
+                await wait_until_async(is_ready, 120, "readiness after the kills")
             except TimeoutError as error:
                 raise AssertionError(f"{report()}\n{vm.said()[-4000:]}") from error
             finally:
-                heart.cancel()
-                await asyncio.gather(heart, return_exceptions=True)
-            times["ready"] = time.monotonic() - began
+                stop.set()
+                await load
+            times["ready after the kills"] = time.monotonic() - began
             now = report()
             if now is not None:
                 times |= {"PE's CPU": now.cpu_s, "PE's resident MiB": now.resident_bytes / (1 << 20)}
@@ -126,8 +141,30 @@ async def protected(server: Running, source: Path) -> tuple[str, Writer, Any]:
     return machine, Writer(machine), agent
 
 
-async def heartbeats(server: Running, agent: Any, writer: Writer) -> None:
-    while True:
-        raw = writer.seal()
-        await agent.put(str(writer.machine), writer.tip, raw)
-        await asyncio.sleep(1)
+async def live_on(server: Running, agent: Any, writer: Writer, source: Path, stop: asyncio.Event) -> None:
+    """The source writes behind its last partition, some segments a second, each a recovery point."""
+    seed = int(os.environ.get("CDP_SEED", "0")) or random.randrange(1 << 32)
+    print(f"CDP_SEED={seed}")
+    rng = random.Random(seed)
+    size = source.stat().st_size
+    with source.open("r+b", buffering=0) as disk:
+        while not stop.is_set():
+            offsets = sorted(rng.sample(range(size - LOAD_BYTES, size, BLOCK), rng.randrange(1, 100)))
+            writes = [(0, offset, rng.randbytes(BLOCK)) for offset in offsets]
+            for _, offset, data in writes:
+                os.pwrite(disk.fileno(), data, offset)
+            raw = writer.seal(writes)
+            await agent.put(str(writer.machine), writer.tip, raw)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 0.2)
+
+
+async def killed_again_and_again(server: Running, key: uuid.UUID, vm: PeVm) -> None:
+    """Each time after it has applied something, at a random moment. It resumes without a person."""
+    store = server.server.store
+    for number in range(KILLS):
+        before = store.cursor(key, "standby")
+        await wait_until_async(lambda at=before: store.cursor(key, "standby") != at, 60, "replay to go on")  # type: ignore[misc]
+        await asyncio.sleep(random.uniform(0, 1))  # the moment is the point
+        await asyncio.to_thread(vm.kill_agent)
+        await wait_until_async(lambda kills=number: vm.kills() > kills, 20, "the death of the agent")  # type: ignore[misc]

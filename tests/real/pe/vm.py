@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +16,7 @@ import numpy as np
 
 from journal.segment import Flags
 from standby.pe.image import PeImage
+from standby.pe.image.cpio import CpioWriter
 from tests.harness.process import Program, run
 from tests.server.running import Writer
 
@@ -84,12 +87,28 @@ def segments_of(disk: Path, writer: Writer) -> Iterator[bytearray]:
     yield writer.seal()
 
 
+def killable(initrd: Path, into: Path) -> Path:
+    """The image with another init in front of it, ``/killable``: each line at the second serial port is a SIGKILL of
+    the agent. Everything else is as in the image's own."""
+    init = files("standby.pe.image").joinpath("init.sh").read_text()
+    before, loop, after = init.rpartition("while :; do\n")
+    assert loop
+    killer = "while read -r _; do kill -9 $(pidof python3); done </dev/ttyS1 &\n"
+    with into.open("wb") as out:
+        with CpioWriter(out) as cpio:
+            cpio.file("killable", (before + killer + loop + after).encode(), 0o755)
+        with initrd.open("rb") as image:
+            shutil.copyfileobj(image, out)
+    return into
+
+
 class PeVm:
-    """One machine that boots the PE. ``port``: of the host, forwarded to PostgreSQL at ``SERVICE``."""
+    """One machine that boots the PE, killable. ``port``: of the host, forwarded to PostgreSQL at ``SERVICE``."""
 
     def __init__(self, image: PeImage, disk: Path, config: Path, directory: Path) -> None:
         self.port = free_port()
         self.console = directory / "console.log"
+        self._killer = directory / "killer"
         network = f"user,id=net,hostfwd=tcp:127.0.0.1:{self.port}-{SERVICE}:5432"
         self._program = Program(
             "qemu",
@@ -98,7 +117,9 @@ class PeVm:
                 *("-machine", "q35", "-accel", "tcg", "-cpu", _CPU, "-smp", "2", "-m", "1024"),
                 *("-display", "none", "-no-reboot", "-monitor", "none"),
                 *("-serial", f"file:{self.console}"),
-                *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.arguments),
+                *("-serial", f"unix:{self._killer},server=on,wait=off"),
+                *("-kernel", str(image.kernel), "-initrd", str(killable(image.initrd, directory / "initrd"))),
+                *("-append", f"{image.arguments} rdinit=/killable"),
                 *("-drive", f"file={disk},if=none,id=disk,format=raw,cache=writeback,discard=unmap"),
                 *("-device", "virtio-blk-pci,drive=disk,serial=cdp-disk-0"),
                 *("-drive", f"file={config},if=none,id=config,format=raw,readonly=on"),
@@ -120,6 +141,15 @@ class PeVm:
 
     def said(self) -> str:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
+
+    def kill_agent(self) -> None:
+        """SIGKILL of ``cdp-pe`` inside the PE; init starts it again."""
+        with socket.socket(socket.AF_UNIX) as killer:
+            killer.connect(str(self._killer))
+            killer.sendall(b"\n")
+
+    def kills(self) -> int:
+        return self.said().count("ended with status 137")
 
     def answer(self, statement: str) -> str | None:
         """PostgreSQL's answer; None if there is none within a second."""
