@@ -57,7 +57,7 @@ class _Stopped(Exception):
 
 class Verifier:
     """Checks one machine, and the index that all machines share. ``bytes_per_s_max`` bounds the rate, so that it can
-    run in the background."""
+    run in the background; it may be changed meanwhile."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Verifier:
         self._store = store
         self._state = store.state(machine)
         self._machine = machine
-        self._rate = bytes_per_s_max
+        self.bytes_per_s_max = bytes_per_s_max
         self._stop = stop or threading.Event().wait
         self._progress = progress
         self._started = time.monotonic()
@@ -227,8 +227,8 @@ class Verifier:
         if self._progress is not None:
             self._progress(self._read_bytes)
         ahead = 0.0
-        if self._rate is not None:
-            ahead = self._read_bytes / self._rate - (time.monotonic() - self._started)
+        if self.bytes_per_s_max is not None:
+            ahead = self._read_bytes / self.bytes_per_s_max - (time.monotonic() - self._started)
         if self._stop(max(0.0, ahead)):
             raise _Stopped
 
