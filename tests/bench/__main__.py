@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import agent_cost, any_second, capture_limits, dedup, recover, tps
+from tests.bench import agent_cost, any_second, capture_limits, compare_tools, dedup, recover, tps
 
 SUMMARY = Path("build/bench/summary.json")
 BENCHMARKS = {
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "limits": capture_limits.measure,
     "dedup": dedup.measure,
     "recover": recover.measure,
+    "compare_tools": compare_tools.measure,
 }
 
 

@@ -2,9 +2,9 @@
 
 The disk holds files of this host, seeded and then changed for some minutes, so that its image is put together from many
 segments. A pair is the store's ``recover`` and ``cp`` with an fsync of what it wrote, for that is what a recovery
-promises; the order alternates, and the page cache holds the sources of both. Told is the median of the pairs' ratios of
-MB/s. ``recover_command_ratio`` is the same for 'cdp recover' as a whole: the start of the command, and HTTPS on loopback
-with both its ends on this host's processors.
+promises; the order alternates, and the page cache holds the sources of both. Told is the median of the pairs' ratios
+of MB/s. ``recover_command_ratio`` is the same for 'cdp recover' as a whole: the start of the command, and HTTPS on
+loopback with both its ends on this host's processors.
 """
 
 from __future__ import annotations
