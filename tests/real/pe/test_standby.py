@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from cdp.server import messages as m
-from journal.errors import NotInjected
+from journal.errors import DrainNotYet, NotInjected
 from journal.wire import DiskInfo, StandbyReport
 from standby.pe import mounts
 from standby.pe.main import Standby
@@ -150,6 +150,36 @@ async def test_drained_injected_aborted_and_following_again(tmp_path: Path, targ
         content = bytearray(source.read_bytes())
         content[DISK_BYTES - 4096 :] = b"more" * 1024
         assert target.read_bytes() == bytes(content)
+
+
+async def test_a_pe_that_restarts_after_the_injection_starts_over_from_the_cut(tmp_path: Path, target: Path) -> None:
+    async with plant(tmp_path, target) as held:
+        cut = str(held.writer.tip)
+
+        async def drained() -> None:
+            async with asyncio.timeout(60):
+                while True:
+                    try:
+                        assert await held.verb("drain", position=cut) == {"applied": cut}
+                        return
+                    except DrainNotYet:
+                        await asyncio.sleep(0.05)
+
+        spec = msgspec.to_builtins(await asyncio.to_thread(held.server.server.machines.require_spec, held.key))
+        async with held.following():
+            await held.until_ready()
+            cut = str(held.writer.tip)
+            await drained()
+            held.server.server.store.start_generation(held.key, held.writer.tip, "takeover t1")
+            injected = await held.verb("inject", spec=spec)
+        assert target.read_bytes() != (tmp_path / "source").read_bytes()
+        async with held.following():
+            with pytest.raises(NotInjected):
+                await held.verb("finish_boot")
+            await drained()
+            assert target.read_bytes() == (tmp_path / "source").read_bytes(), "the injection is gone"
+            assert await held.verb("inject", spec=spec) == injected
+            assert (await held.verb("status"))["injected"] == ["t1"]
 
 
 async def test_a_restarted_pe_goes_on_and_a_lost_server_comes_back(tmp_path: Path, target: Path) -> None:
