@@ -38,7 +38,7 @@ class Prefills:
         self._workers = workers
         self._budget = budget
         self._counters = counters
-        self._dedup = dedup
+        self.dedup = dedup
 
     def add_routes(self, gate: Gate) -> None:
         gate.add("POST", wire.PREFILL, self.begin, "agent")
@@ -75,17 +75,17 @@ class Prefills:
         row = self._store.prefill(machine)
         if row is not None and row.state != "filling":
             return row.state
-        possible = self._dedup is not None and (row is not None or bool(self._dedup.index))
+        possible = self.dedup is not None and (row is not None or bool(self.dedup.index))
         return "open" if possible and self._store.may_prefill(machine) else "none"
 
     def _enabled(self, machine: uuid.UUID) -> Dedup:
-        if self._dedup is None:
+        if self.dedup is None:
             raise PrefillClosed(
                 "This server does not look for what it has already.",
                 remedy="The agent sends everything; see 'dedup.enabled' in the server's configuration.",
                 machine=str(machine),
             )
-        return self._dedup
+        return self.dedup
 
     def _check_on_disk(self, machine: uuid.UUID, disk: int, wanted: list[Wanted]) -> None:
         held = self._store.machine(machine).disk(disk)

@@ -81,6 +81,7 @@ class Dedup:
     def fill(self, machine: uuid.UUID, key: str, disk: int, wanted: Sequence[Wanted]) -> int:
         """Lay what the store has of ``wanted`` (ascending numbers) below ``machine``; how many chunks that were.
         Raises what ``Store.lay`` raises."""
+        self._store.check_prefill(machine, key)  # also where nothing is found: what was laid before may be gone
         hints = self.index.find(np.array([one.key for one in wanted], np.uint64))
         laid = 0
         for first in range(0, len(wanted), BATCH_CHUNKS):

@@ -92,14 +92,7 @@ class Prefill(Retention):
         ``end_prefill``. Raises ``PrefillClosed``, ``PrefillRestarted``, ``StoreFull``, ``StoreFailed``."""
         state = self.state(machine)
         with state.writing:
-            self._check_open(state)
-            row = self.prefill(machine)
-            if row is None or row.key != key:
-                raise PrefillRestarted(
-                    "The preparation of the seed was begun anew meanwhile.",
-                    remedy="The agent begins it again by itself.",
-                    machine=str(machine),
-                )
+            self.check_prefill(machine, key)
             try:
                 self._image(state, disk).fold(disk, [(at, len(content), content) for at, content in chunks])
             except OSError as error:
@@ -171,6 +164,17 @@ class Prefill(Retention):
                 sync_directory(directory.parent)
         except OSError as error:
             raise disk_error(error, "the base image") from error
+
+    def check_prefill(self, machine: uuid.UUID, key: str) -> None:
+        """Raise ``PrefillClosed``, or ``PrefillRestarted`` unless ``key`` is the one of the last beginning."""
+        self._check_open(self.state(machine))
+        row = self.prefill(machine)
+        if row is None or row.key != key:
+            raise PrefillRestarted(
+                "The preparation of the seed was begun anew meanwhile.",
+                remedy="The agent begins it again by itself.",
+                machine=str(machine),
+            )
 
     def _check_open(self, state: MachineState) -> None:
         if not self.may_prefill(state.machine.uuid):
