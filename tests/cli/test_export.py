@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -155,3 +156,32 @@ def test_what_cannot_be_exported_is_told(site: Site, source: Source, tmp_path: P
         assert "packages nbdkit" in site.cdp("export", "db1", code=1).stderr
     finally:
         site.env["PATH"] = path
+
+
+def test_recover_by_bookmark_into_a_directory_and_read_back(site: Site, source: Source, tmp_path: Path) -> None:
+    at_s, image = source.history[5]
+    site.cdp("bookmark", "add", "db1", "before-upgrade", "--at", f"@{at_s}")
+    (told,) = site.json("recover", "db1", "--bookmark", "before-upgrade", "-o", str(tmp_path), "--verify")
+    assert told["verified"] is True
+    assert told["output"] == str(tmp_path / "db1-vda.raw")
+    assert (tmp_path / "db1-vda.raw").read_bytes() == image
+    found = site.json("points", "db1", "--from", "-1h")
+    assert [one["name"] for one in found["bookmarks"]] == ["before-upgrade"]
+    assert "before-upgrade" in site.cdp("points", "db1", "--limit", "100").stdout
+    assert "there are more" in site.cdp("points", "db1", "--limit", "3").stdout
+    assert "no bookmark" in site.cdp("recover", "db1", "--bookmark", "x", "-o", str(tmp_path / "x"), code=1).stderr
+
+
+def test_an_interrupted_recovery_begins_anew_and_two_do_not_write_one_file(
+    site: Site, source: Source, tmp_path: Path
+) -> None:
+    partial = tmp_path / ".out.raw.partial"
+    partial.write_bytes(b"what a killed command left" * 1000)
+    with partial.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused = site.cdp("recover", "db1", "-o", str(tmp_path / "out.raw"), code=1)
+        assert "Another command writes" in refused.stderr
+        assert partial.exists()
+    site.cdp("recover", "db1", "-o", str(tmp_path / "out.raw"))
+    assert (tmp_path / "out.raw").read_bytes() == bytes(source.image)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.raw"]
