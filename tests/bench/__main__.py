@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.bench import agent_cost, any_second, capture_limits, compare_tools, dedup, recover, tps
+from tests.bench import agent_cost, any_second, capture_limits, compare_tools, dedup, ingest, recover, steady, tps
 
 SUMMARY = Path("build/bench/summary.json")
 BENCHMARKS = {
@@ -22,6 +22,8 @@ BENCHMARKS = {
     "dedup": dedup.measure,
     "recover": recover.measure,
     "compare_tools": compare_tools.measure,
+    "ingest": ingest.measure,
+    "steady": steady.measure,
 }
 
 
