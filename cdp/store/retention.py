@@ -34,6 +34,7 @@ from cdp.store.imaging import Imaging
 from cdp.store.index import Reader, disk_error
 from cdp.store.records import Base, Bookmark, Cursor, Entry, Span, generation_key, segment_key, time_key
 from cdp.store.resolve import BASE, Pieces
+from cdp.store.stamp import read_stamp, write_stamp
 from cdp.store.state import MachineState
 from journal.extent import Kind
 from journal.position import Position
@@ -106,6 +107,7 @@ class Retention(Imaging):
             return 0
         if base.folded != base.target:
             try:
+                self._stamp(state, base)
                 self._fold(state, base, pause)
             except OSError as error:
                 raise disk_error(error, "the base image") from error
@@ -113,8 +115,17 @@ class Retention(Imaging):
             with self.index.write() as txn:
                 txn.put_row("bases", state.machine.uuid.bytes, done)
             with state.lock:
-                state.base = done
+                state.base = base = done
+        try:
+            self._stamp(state, base)
+        except OSError as error:
+            raise disk_error(error, "the base image") from error
         return self._remove(state)
+
+    def _stamp(self, state: MachineState, base: Base) -> None:
+        directory = self.base_directory(state.machine.uuid, base.root)
+        if read_stamp(self.files, directory) != base:
+            write_stamp(self.files, directory, base)
 
     def _step(self, state: MachineState, oldest_ns: int | None, excess_bytes: int, past: Collection[str]) -> Step:
         with state.lock:
