@@ -14,7 +14,7 @@ OURS = ("journal", "cdp", "standby", "deploy", "tests")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "journal": ("journal",),
     "cdp.agent": ("journal", "cdp.agent", "standby.takeover.address"),
-    "cdp.store": ("journal", "cdp.store"),
+    "cdp.store": ("journal", "cdp.store", "cdp.imagefile"),
     "cdp.server": ("journal", "cdp.store", "cdp.server", "standby"),
     "cdp.cli": ("journal", "cdp", "standby"),
     "standby.replay": ("journal", "standby.replay"),
