@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SHIPPED: Final = Path(__file__).with_name("hooks")
 ANSWER_BYTES_MAX: Final = 1 << 20
+MARGIN_S: Final = 2.0
 _REMEDY: Final = "The machine goes on as before. See [bookmark] in agent.toml and 'Bookmarks' in the operations guide."
 
 
@@ -118,18 +119,19 @@ class Guarded:
         self._note = note
         self._mounts = mounts
         self._end: End | None = None
+        self._thawed = False
         self._noted = False
 
     async def start(self, plan: dict[str, Any]) -> None:
         self._into.write(msgspec.json.encode(plan) + b"\n")
-        await self._expect("ready")
+        await self._expect("ready", self._config.prepare_s)
 
     async def freeze(self) -> None:
         """On return the machine holds still, for at most ``freeze_s`` since this call."""
         self._noted = True
         write_file(self._note, msgspec.json.encode(Note(mounts=self._mounts)), durable=False)
         self._into.write(b"freeze\n")
-        await self._expect("frozen")
+        await self._expect("frozen", self._config.freeze_s)
 
     async def thaw(self) -> str:
         """What the hooks said. Raises ``HookFailed`` if the machine has not held still until this call."""
@@ -148,16 +150,10 @@ class Guarded:
         """Thaw. The end of file is sent at once, whatever becomes of the waiting that follows."""
         self._into.close()
         hooks = len(self._config.hooks)
-        patience_s = self._config.prepare_s + self._config.freeze_s + hooks * (LET_GO_S + 2 * TERMINATE_S)
-        try:
-            async with asyncio.timeout(patience_s):
-                # It may have ended by its own clock: what it said is there all the same.
-                while self._end is None and (line := await self._out.readline()):
-                    self._take(line)
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+        thaws = await self._reads_on(lambda: self._thawed, self._config.freeze_s)
+        if not thaws or not await self._reads_on(lambda: self._end is not None, hooks * (LET_GO_S + 2 * TERMINATE_S)):
+            self._process.kill()  # it hangs; its hooks see the end of file
+        await self._process.wait()
         if self._noted:
             if self._end is None or self._end.stuck:
                 log.error("the guardian of a bookmark ended before it had thawed everything")
@@ -165,16 +161,35 @@ class Guarded:
             self._note.unlink(missing_ok=True)
             self._noted = False
 
-    async def _expect(self, word: str) -> None:
+    async def _reads_on(self, done: Callable[[], bool], within_s: float) -> bool:
+        """Until ``done()`` or the end of its output; False if that takes too long."""
+        try:
+            async with asyncio.timeout(within_s + MARGIN_S):
+                # It may have ended by its own clock: what it said is there all the same.
+                while not done() and (line := await self._out.readline()):
+                    self._take(line)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _expect(self, word: str, within_s: float) -> None:
         with contextlib.suppress(ConnectionError):
             await self._into.drain()
-        line = await self._out.readline()
+        try:
+            # It counts the same time, and says more.
+            async with asyncio.timeout(within_s + MARGIN_S):
+                line = await self._out.readline()
+        except TimeoutError:
+            self._process.kill()  # its hooks see the end of file, and let go
+            raise _failed("the guardian hangs", None) from None
         if line.decode().strip() == word:
             return
         self._take(line)
+        await self.close()  # for its last words
         raise _failed("the guardian was killed" if self._end is None else self._end.error, self._end)
 
     def _take(self, line: bytes) -> None:
+        self._thawed = self._thawed or line == b"thawed\n"
         if line.startswith(b"{"):
             self._end = msgspec.json.decode(line, type=End)
 

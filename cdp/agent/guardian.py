@@ -7,7 +7,7 @@
                   "frozen"  ◄ file systems frozen
     (seals)
     end of file             ► file systems thawed, then
-                              end of file, in reverse       ► let go, exit code 0
+                  "thawed"  ◄ end of file, in reverse       ► let go, exit code 0
                   the end   ◄ one line of JSON: ``End``
 
 The end of file is also what the death of whoever was at the other end looks like, so everybody lets go then: no act of
@@ -236,6 +236,7 @@ class Guardian:
                 self._fail(f"{mount} cannot be thawed: {error.strerror}")
         for hook in reversed(self._hooks):
             hook.let_go()
+        say("thawed")
         for hook in reversed(self._hooks):
             self._see_off(hook)
         if self._began_s is not None:

@@ -115,6 +115,21 @@ async def test_an_agent_that_hangs_is_no_obstacle(stage: Stage) -> None:
         )
 
 
+@pytest.mark.parametrize("when", ["while freezing", "while frozen"])
+async def test_a_guardian_that_hangs_is_no_obstacle(stage: Stage, when: str) -> None:
+    stage.hook("one", GOOD)
+    if when == "while freezing":
+        stage.hook("two", "echo ready; read -r _; kill -STOP $PPID; echo frozen; cat >/dev/null")
+    else:
+        stage.hook("two", "echo ready; read -r _; echo frozen; sleep 0.2; kill -STOP $PPID; cat >/dev/null")
+    config = stage.config("one", "two", freeze_s=1, prepare_s=1)
+    began = time.monotonic()
+    with pytest.raises(HookFailed, match="hangs" if when == "while freezing" else "killed"):
+        await stage.bookmark(config, lambda: time.sleep(0.4) if when == "while frozen" else None)
+    await asyncio.to_thread(wait_until, lambda: "thawed one" in stage.lines, 5, "the thaw")
+    assert time.monotonic() - began < 10
+
+
 async def test_a_cancelled_bookmark_thaws(stage: Stage) -> None:
     stage.hook("one", GOOD)
 
