@@ -15,6 +15,7 @@ import uvloop
 from cdp.server import config as configuration
 from cdp.server.app import Server
 from cdp.server.config import Config
+from cdp.server.memory import give_memory_back
 from standby.target.domain import LibvirtTarget
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ def run(path: Path | None) -> None:
     """Serve until SIGTERM or SIGINT. Raises ``CdpError`` if the server cannot start."""
     config = configuration.load(path)
     _log_to_stderr(config.log_level)
+    give_memory_back()
     uvloop.run(_run(config))
 
 

@@ -45,6 +45,17 @@ def resident_bytes(pids: list[int]) -> int:
     return total
 
 
+def peak_bytes(pids: list[int]) -> int:
+    """The sum of the largest resident set that each ever had."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """``cpu_pct``: of one core; ``rss_mb_max``: the largest sum of resident sets that was sampled, 10^6 bytes."""

@@ -4,7 +4,7 @@ The store is made directly, through its own formats. Then a server is started on
 over NBD, each compared with the model bit for bit: single blocks, ranges, and the part that is written most. Keys:
 ``any_second_open_s`` (from the server's start to its first answer about a second, index and all),
 ``any_second_first_block_s`` (the slowest, and ``..._median_s``: from the request for a second to its first block
-through nbdkit), ``any_second_rss_mb`` (most of the server, nbdkit and 'cdp export' together, 10^6 bytes).
+through nbdkit), ``any_second_rss_mb`` (the most that the server, nbdkit and 'cdp export' ever had, added up, 10^6 bytes).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cdp.cli.nbd import Listen, hold, nbd
 from cdp.cli.point import find_point
 from cdp.store import Store
 from journal.wire import DiskInfo
-from tests.bench.account import family, resident_bytes
+from tests.bench.account import family, peak_bytes
 from tests.harness.longhistory import BLOCK, LongHistory, Unsynced, content
 from tests.harness.nbdclient import NbdClient
 from tests.harness.site import Site
@@ -87,7 +87,7 @@ def _serve(site: Site, start_ns: int, rng: random.Random) -> dict[str, float]:
         first_s, compared_bytes, nbdkit_bytes = _read(client, start_ns / 1e9 + second, second, last, rng)
         firsts.append(first_s)
         compared += compared_bytes
-        resident.append(resident_bytes(_family(site)) + nbdkit_bytes)
+        resident.append(peak_bytes(_family(site)) + nbdkit_bytes)
     command_s, command_bytes = _command(site, start_ns / 1e9 + chosen[0], chosen[0])
     resident.append(command_bytes)
     print("first blocks, ms:", " ".join(f"{one * 1e3:.0f}" for one in firsts))
@@ -129,7 +129,7 @@ def _read(
                 found = image.read(offset, length)
                 first_s = first_s or time.monotonic() - began_s
                 assert found == content(last, offset, length), f"second {second} differs in {length} bytes at {offset}"
-            nbdkit_bytes = resident_bytes(family(server.pid))
+            nbdkit_bytes = peak_bytes(family(server.pid))
     return first_s, sum(length for _, length in places), nbdkit_bytes
 
 
@@ -145,7 +145,7 @@ def _command(site: Site, at_s: float, second: int) -> tuple[float, int]:
             first_s = time.monotonic() - began_s
             for _ in range(200):
                 image.read(random.randrange(0, DAY.disk_bytes) // BLOCK * BLOCK, BLOCK)
-        return first_s, resident_bytes([*_family(site), *family(process.pid)])
+        return first_s, peak_bytes([*_family(site), *family(process.pid)])
 
 
 @contextmanager
