@@ -6,7 +6,7 @@
     records that extend the chain   they become rows, file after file, as long as the chain goes on
 
 Generations that were started since are not in the copy; what was stored in them cannot be adopted and is given up. Runs
-on a closed store, before it is opened: opening deletes files that no row knows. Done twice, it changes nothing.
+on a closed store, before the copy is put in its place: opening a store deletes files that no row knows.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class _Found:
     starts: dict[tuple[int, int], int]
 
 
-def adopt(directory: Path, files: Files, map_bytes: int) -> list[Adopted]:
-    """Raises what opening the index raises, and ``OSError``."""
-    index = Index(directory / "index", map_bytes)
+def adopt(directory: Path, copy: Path, files: Files, map_bytes: int) -> list[Adopted]:
+    """``copy``: the index, not in its place in the store's ``directory`` yet. Raises what opening an index raises, and
+    ``OSError``."""
+    index = Index(copy, map_bytes)
     try:
         with index.read() as txn:
             machines = list(txn.rows("machines", b"", Machine))

@@ -138,8 +138,10 @@ def restore(source: Path, directory: Path, *, map_bytes: int = MAP_BYTES) -> lis
         ) from error
     try:
         _lock(handle, directory)
-        _put_back(source, directory)
-        return adopt(store, OsFiles(), map_bytes)
+        new = _staged(source, store)
+        adopted = adopt(store, new, OsFiles(), map_bytes)
+        _put_in_place(source, directory, new)
+        return adopted
     except OSError as error:
         raise BackupFailed(
             f"The catalogue cannot be put back: {error}.", remedy="Check the disk, then repeat the command."
@@ -157,12 +159,19 @@ def _lock(handle: int, directory: Path) -> None:
         ) from None
 
 
-def _put_back(source: Path, directory: Path) -> None:
-    """The copy is made beside the index and renamed: a crash leaves the one or the other, and the command repeated."""
-    index, new = directory / STORE / "index", directory / STORE / "index.new"
+def _staged(source: Path, store: Path) -> Path:
+    """A copy of the index beside its place, to be adopted into before anybody can open it."""
+    new = store / "index.new"
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(source / "index", new, ignore=shutil.ignore_patterns("lock.mdb"))
     new.chmod(0o700)
+    return new
+
+
+def _put_in_place(source: Path, directory: Path, new: Path) -> None:
+    """A crash leaves the old index, none, or the new one; with none the server does not find a store."""
+    index = new.with_name("index")
+    (new / "lock.mdb").unlink(missing_ok=True)
     _sync_tree(new)
     if index.exists():
         index.rename(index.with_name(f"index.before-restore-{time.time_ns()}"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from cdp.store import tally
-from cdp.store.errors import StoreFailed, StoreFormatUnknown, StoreLocked, UnknownMachine
+from cdp.store.errors import IndexDamaged, StoreFailed, StoreFormatUnknown, StoreLocked, UnknownMachine
 from cdp.store.files import Files, opened, sync_directory
 from cdp.store.index import Index, Writer
 from cdp.store.pool import Pool, closed
@@ -69,6 +69,7 @@ class Core:
         self._broken: BaseException | None = None
         self._lock_handle = _lock(directory)
         try:
+            _check_index_is_there(directory)
             self.index = Index(directory / "index", map_bytes)
             self.pending_max = max(1, min(1024, self.index.reserve_bytes // (16 << 10)))
             self.pool = Pool(directory / "segments", files, self.index, file_bytes, spares_max)
@@ -316,6 +317,15 @@ class Core:
                 state.handle = -1
         self.index.close()
         os.close(self._lock_handle)
+
+
+def _check_index_is_there(directory: Path) -> None:
+    """An empty index knows no segment file, and files that no row knows are deleted."""
+    if not (directory / "index" / "data.mdb").exists() and any((directory / "segments").glob("*.seg")):
+        raise IndexDamaged(
+            f"{directory} has segment files, but no index.",
+            remedy="Put the catalogue back: 'cdp store restore'. Nothing was changed.",
+        )
 
 
 def _lock(directory: Path) -> int:

@@ -13,7 +13,7 @@ import pytest
 from cdp.store import Store, verify
 from cdp.store.adopt import Adopted
 from cdp.store.backup import BackupFailed, Checked, check, restore
-from cdp.store.errors import StoreLocked
+from cdp.store.errors import IndexDamaged, StoreLocked
 from journal.position import Position
 from tests.store.source import SECOND_NS, Source, make
 from tests.store.test_damage import flip
@@ -124,6 +124,16 @@ def test_a_check_tells_what_is_missing(server: Path) -> None:
     (server / "operator.json").unlink()
     problems = check(server).problems
     assert len(problems) == 2 and segment.name in problems[0]
+
+
+def test_segment_files_without_an_index_are_left_alone(server: Path) -> None:
+    with opened(server) as store:
+        write(store, make(store, SIZE), 10, random.Random(1))
+    before = sorted(path.name for path in (server / "store" / "segments").iterdir())
+    (server / "store" / "index").rename(server / "store" / "elsewhere")
+    with pytest.raises(IndexDamaged):
+        opened(server)
+    assert sorted(path.name for path in (server / "store" / "segments").iterdir()) == before
 
 
 def test_the_answers_are_json() -> None:
