@@ -5,8 +5,8 @@ retention runs as in the server. The journal fills up, then is turned over three
 more than a quarter, the writer waits for retention, as an agent does that is refused; that time counts.
 
 ``steady_state_ratio``: throughput of the last tenth of the turning over against its first; ``steady_fill_ratio``: all
-of the turning over against the filling, when nothing is folded; ``steady_size_ratio``: the most disk that the store took,
-against the journal's limit and the disk's size. ``folding_ingest_p99_ms``: of ``put_segment`` at a rate of 20 MB/s
+of it against the filling, when nothing is folded; ``steady_size_ratio``: the most disk that the store took
+against the journal's limit and the disk's size; ``folding_ingest_p99_ms``: of ``put_segment`` at a rate of 20 MB/s
 while retention folds.
 """
 
