@@ -97,15 +97,19 @@ def unpack_table(header: Header, table: memoryview | bytes) -> tuple[Extents, np
         disks=column(np.uint16, count),
         kinds=column(np.uint8, count),
     )
-    at += -at % 8
-    frame_lengths = column(np.uint32, header.frame_count)
     extents.check()
     if extents.payload_bytes != header.payload_bytes:
         raise damaged("The extents and the payload have different lengths.")
+    return extents, unpack_frames(header, table)
+
+
+def unpack_frames(header: Header, table: memoryview | bytes) -> npt.NDArray[np.uint32]:
+    """The last column alone: the frames' lengths, of a table whose digest has been checked."""
+    frame_lengths = np.frombuffer(table, np.uint32, header.frame_count, len(table) - 4 * header.frame_count)
     stored = frame_lengths & np.uint32(FRAME_RAW - 1)
     if int(stored.sum(dtype=np.uint64)) != header.payload_stored_bytes or (stored > FRAME_BYTES).any():
         raise damaged("The frames and the stored payload have different lengths.")
-    return extents, frame_lengths
+    return frame_lengths
 
 
 def expand(decompressor: zstandard.ZstdDecompressor, stored: bytes | memoryview, want: int) -> bytes:

@@ -26,10 +26,10 @@ from urllib.parse import urlencode, urlsplit
 import nbdkit
 
 API_VERSION = 2
-BLOCK_BYTES: Final = 256 << 10
+BLOCK_BYTES: Final = 64 << 10
 """Small reads are served from whole blocks: file systems keep together what they use together."""
 CACHE_BYTES: Final = 64 << 20
-AHEAD_BLOCKS_MAX: Final = 16
+AHEAD_BLOCKS_MAX: Final = 64
 """Whoever reads one block after another gets up to 4 MiB at once."""
 REQUEST_BYTES_MAX: Final = 32 << 20
 HOLE: Final = 1 << 63

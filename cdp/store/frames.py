@@ -18,7 +18,8 @@ from journal.segment import FRAME_BYTES
 
 CACHE_FRAMES: Final = 512
 """32 MiB of decompressed payload, for all readers of a store together."""
-CACHE_LAYOUTS: Final = 512
+CACHE_LAYOUTS: Final = 4096
+"""An hour of them: some 10 MiB."""
 _READ_BYTES: Final = 8 << 20
 _Key = tuple[uuid.UUID, int, int]
 

@@ -20,19 +20,18 @@ from __future__ import annotations
 
 import struct
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from cdp.store.errors import StoredDamage
 from cdp.store.files import Buffer, Files, opened
 from cdp.store.records import Entry, SegmentFile
-from journal.decoder import Segment, decode, unpack_table
+from journal.decoder import Segment, decode, unpack_frames, unpack_table
 from journal.errors import SegmentDamaged
 from journal.extent import Extents
 from journal.segment import FRAME_RAW, HEADER_BYTES, SEGMENT_BYTES_MAX, Header
@@ -44,6 +43,7 @@ RECORD_HEADER_BYTES: Final = 128
 TAG_BYTES: Final = 8
 SUM_BYTES: Final = 8
 _DIGEST_BYTES: Final = 16
+T = TypeVar("T")
 _HEAD: Final = struct.Struct("<8sHHI8s16sIIQQ32s16x")
 assert _HEAD.size + _DIGEST_BYTES == RECORD_HEADER_BYTES
 
@@ -165,13 +165,14 @@ def read_layout(files: Files, path: Path, file: SegmentFile, entry: Entry) -> La
     """Raises ``StoredDamage`` and ``OSError``."""
     header = entry.header
     with opened(files, path) as handle:
-        _, frame_lengths = _read_table(files, handle, entry)
+        table = _read_table(files, handle, entry)
         length = (header.frame_count + 1) * SUM_BYTES
         tail = files.read(handle, length, entry.offset + RECORD_HEADER_BYTES + header.segment_bytes)
     sums = tail[:-SUM_BYTES]
     if len(tail) != length or _sum(header.digest + sums) != tail[-SUM_BYTES:]:
         raise _damaged(header, "its frame sums are bad")
     first = entry.offset + RECORD_HEADER_BYTES + HEADER_BYTES + header.table_bytes
+    frame_lengths = _unpacked(header, unpack_frames, table)
     lengths = [length & ~FRAME_RAW for length in frame_lengths.tolist()]
     raw = [bool(length & FRAME_RAW) for length in frame_lengths.tolist()]
     return Layout(header, entry.file, file.tag, list(accumulate(lengths, initial=first)), raw, sums)
@@ -180,16 +181,20 @@ def read_layout(files: Files, path: Path, file: SegmentFile, entry: Entry) -> La
 def read_extents(files: Files, path: Path, entry: Entry) -> Extents:
     """The extent table alone. Raises ``StoredDamage`` and ``OSError``."""
     with opened(files, path) as handle:
-        return _read_table(files, handle, entry)[0]
+        return _unpacked(entry.header, unpack_table, _read_table(files, handle, entry))[0]
 
 
-def _read_table(files: Files, handle: int, entry: Entry) -> tuple[Extents, npt.NDArray[np.uint32]]:
+def _read_table(files: Files, handle: int, entry: Entry) -> bytes:
     header = entry.header
     table = files.read(handle, header.table_bytes, entry.offset + RECORD_HEADER_BYTES + HEADER_BYTES)
     if blake3(table).digest() != header.table_digest:
         raise _damaged(header, "its extent table does not match its digest")
+    return table
+
+
+def _unpacked(header: Header, unpack: Callable[[Header, bytes], T], table: bytes) -> T:
     try:
-        return unpack_table(header, table)
+        return unpack(header, table)
     except SegmentDamaged as error:
         raise _damaged(header, error.sentence) from error
 

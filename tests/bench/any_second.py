@@ -4,7 +4,7 @@ The store is made directly, through its own formats. Then a server is started on
 over NBD, each compared with the model bit for bit: single blocks, ranges, and the part that is written most. Keys:
 ``any_second_open_s`` (from the server's start to its first answer about a second, index and all),
 ``any_second_first_block_s`` (the slowest, and ``..._median_s``: from the request for a second to its first block
-through nbdkit), ``any_second_rss_mb`` (the most that the server, nbdkit and 'cdp export' ever had, added up, 10^6 bytes).
+through nbdkit), ``any_second_rss_mb`` (the most that the server, nbdkit and 'cdp export' ever had, added up).
 """
 
 from __future__ import annotations
