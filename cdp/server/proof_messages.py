@@ -33,8 +33,8 @@ class DamageLine(Struct):
 
 
 class VerifyReport(Struct):
-    """``damaged``: damages that cost something, all of them counted; ``damages``: the first of them. ``repair``: what
-    was ordered to mend them, "" if nothing was."""
+    """``damaged``: all damages but those of run files, which mend themselves; ``damages``: the first of them.
+    ``repair``: what was ordered to mend them, "" if nothing was."""
 
     started_s: float
     ended_s: float

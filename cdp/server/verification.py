@@ -253,17 +253,17 @@ def merged(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
 
 
 def _report(found: Verified, started_s: float, ended_s: float) -> pm.VerifyReport:
-    costly = [damage for damage in found.damages if damage.costs or not damage.healed]
+    damaged = [damage for damage in found.damages if damage.kind != "run"]
     return pm.VerifyReport(
         started_s=started_s,
         ended_s=ended_s,
         complete=found.complete,
-        success=found.complete and not costly,
+        success=found.complete and not damaged,
         segments=found.segments,
         read_bytes=found.read_bytes,
         index_rows=found.index_rows,
         run_files=found.run_files,
-        damaged=len(costly),
+        damaged=len(damaged),
         damages=[_line(damage) for damage in found.damages[:LINES_MAX]],
     )
 

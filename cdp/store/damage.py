@@ -53,11 +53,6 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
         """Is there a recovery point that needs it?"""
         return self.until_ns is None or self.until_ns > (self.first_ns or 0)
 
-    @property
-    def healed(self) -> bool:
-        """The newest image does not need it (any more)."""
-        return self.kind == "run" or self.lost == []
-
 
 @dataclass(frozen=True, slots=True)
 class _Lost:

@@ -1,7 +1,7 @@
-"""A record whose segment is whole, but not what lies around it, is written anew from the segment: its digest proves it.
+"""A record whose payload and extent table are whole is written anew from them: the digests in the index prove it.
 
-record header, frame sums, padding damaged      written anew, synced
-a crash in between                              they are damaged still, or good
+segment header, record header, frame sums, padding damaged    written anew, synced
+a crash in between                                            they are damaged still, or good
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cdp.store.store import Store
 from journal.decoder import decode
 from journal.errors import SegmentDamaged
 from journal.position import Position
+from journal.segment import HEADER_BYTES
 
 
 def mend(store: Store, machine: uuid.UUID, damage: Damage) -> bool:
@@ -30,9 +31,10 @@ def mend(store: Store, machine: uuid.UUID, damage: Damage) -> bool:
         if entry is None or file is None or file.machine != machine or entry.header.position != position:
             return False
         with opened(store.files, store.pool.path(entry.file), write=True) as handle:
-            raw = store.files.read(handle, entry.header.segment_bytes, entry.offset + RECORD_HEADER_BYTES)
+            stored = store.files.read(handle, entry.header.segment_bytes, entry.offset + RECORD_HEADER_BYTES)
             try:
-                segment = decode(raw)
+                # The index has the same header, under a checksum of its own.
+                segment = decode(entry.header.pack() + stored[HEADER_BYTES:])
             except SegmentDamaged:
                 return False
             if segment.header != entry.header:
