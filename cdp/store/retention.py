@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from cdp.store import tally
 from cdp.store.base import BATCH_CHUNKS, CHUNK_BYTES, BaseImage
-from cdp.store.errors import StoreFull
+from cdp.store.errors import StoredDamage, StoreFull
 from cdp.store.files import remove_tree
 from cdp.store.horizon import NOTHING, Held, Retained, Step, held_back, holds_of, leads_to, walk
 from cdp.store.imaging import Imaging
@@ -74,11 +74,13 @@ class Retention(Imaging):
         state = self.state(machine)
         with state.folding:
             try:
-                self._finish_fold(state, pause)
+                damage = self._finish_damaged(state, pause)
                 before = self.pool.bytes_of(machine)
                 oldest_ns = (self.clock_ns() if now_ns is None else now_ns) - keep_ns if keep_ns is not None else None
                 excess_bytes = 0 if keep_bytes is None else max(0, before - keep_bytes)
                 step = self._step(state, oldest_ns, excess_bytes, past)
+                if damage is not None and not step.points:
+                    raise damage
                 if not step.points or pause(0.0):
                     return msgspec.structs.replace(NOTHING, held_by=step.held_by)
                 target, fits = self._that_fits(state, step)
@@ -121,6 +123,15 @@ class Retention(Imaging):
         except OSError as error:
             raise disk_error(error, "the base image") from error
         return self._remove(state)
+
+    def _finish_damaged(self, state: MachineState, pause: Pause) -> StoredDamage | None:
+        """As ``_finish_fold``. A target that needs what is damaged is never reached; a later one, for which all of it
+        was written anew, may be."""
+        try:
+            self._finish_fold(state, pause)
+        except StoredDamage as error:
+            return error
+        return None
 
     def _stamp(self, state: MachineState, base: Base) -> None:
         directory = self.base_directory(state.machine.uuid, base.root)

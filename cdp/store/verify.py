@@ -185,6 +185,13 @@ class Verifier:
                 self._pause()
 
     def _first(self, number: int) -> int:
+        """The first segment of a generation that anything on offer needs."""
+        base = self._state.base
+        if base is not None and base.folded != base.target:
+            # Until the fold is done, the image at its target is read from the segments.
+            for span in self._state.unfolded(self._state.lineage(base.target_position)):
+                if span.generation == number:
+                    return span.first
         spans = {span.generation: span for span in self._state.removable()}
         return spans[number].last + 1 if number in spans else 1
 
@@ -199,8 +206,10 @@ class Verifier:
         if seq == 1:
             return self._state.generations[number].genesis(self._machine).digest
         base = self._state.base
-        target = None if base is None else base.target_position
-        return target.digest if target is not None and (target.generation, target.seq + 1) == (number, seq) else None
+        for at in (None, None) if base is None else (base.target_position, base.folded_position):
+            if at is not None and (at.generation, at.seq + 1) == (number, seq):
+                return at.digest
+        return None
 
     def _missing(self, number: int, seq: int) -> None:
         if seq >= self._first(number):

@@ -75,6 +75,30 @@ def test_a_flipped_byte_in_the_base_image_is_found_and_never_served(tmp_path: Pa
         assert damage.value.fields["offset"] == at
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_folding_goes_past_a_damage_as_soon_as_it_is_healed(tmp_path: Path, restart: bool) -> None:
+    store = Store.open(tmp_path / "store", file_bytes=1 << 20)
+    source = make(store, SIZE, seed=5)
+    for second in range(12):
+        # The block of second 2 is written again in second 8.
+        source.put(store, [(0, 4096 * (2 if second == 8 else second), 4096, 1)])
+    entry = store.entry(store.state(source.machine), 1, 3)
+    assert entry is not None
+    flip(store.pool.path(entry.file), entry.offset + 128 + 256 + entry.header.table_bytes + 5)
+    for _ in range(2):
+        with pytest.raises(StoredDamage):
+            store.retain(source.machine, keep_ns=6 * SECOND_NS, now_ns=12 * SECOND_NS)
+        if restart:
+            store.abandon()
+            store = Store.open(tmp_path / "store", file_bytes=1 << 20)
+    assert not verify(store, source.machine).clean
+    store.retain(source.machine, keep_ns=2 * SECOND_NS, now_ns=12 * SECOND_NS)
+    assert verify(store, source.machine).clean
+    for point in store.recovery_points(source.machine, 0, 2**62).points:
+        source.check(store, Position.parse(point.position))
+    store.close()
+
+
 def test_a_damaged_index_file_of_the_runs_is_built_again(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store", file_bytes=1 << 20) as store:
         source = make(store, SIZE, seed=3)
