@@ -150,11 +150,12 @@ class Hub:
         gone = asyncio.ensure_future(session.gone.wait())
         try:
             call = Call(id=number, verb=verb, args=args, deadline_s=max(0.1, left))
+            waiting: list[asyncio.Future[Any]] = [answer, gone]
             try:
                 await session.socket.send_str(msgspec.json.encode(call).decode())
             except ConnectionError:
-                return None
-            waiting: list[asyncio.Future[Any]] = [answer, gone]
+                # It is dead, but its own task has yet to notice: asking again at once would keep it from ever doing so.
+                waiting = [gone]
             await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()

@@ -50,6 +50,22 @@ async def test_calls_are_answered_refused_and_timed_out(tmp_path: Path) -> None:
             assert peer.calls[-1].deadline_s <= 0.2
 
 
+@pytest.mark.timeout(30)
+async def test_a_call_over_a_connection_that_has_just_died_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """It used to be tried again and again at once, so that the connection's own task never came to see its end."""
+    async with running(tmp_path) as server:
+        machine, agent = await server.protected()
+        hub, key = server.server.hub, uuid.UUID(machine)
+        async with connected(server, agent, machine):
+            writer = hub._sessions[key, "agent"].socket._writer
+            assert writer is not None
+            writer.transport.abort()
+            with pytest.raises(PeerAway, match="connection was lost"):
+                await hub.call(key, "agent", "echo", {}, 1)
+            with pytest.raises(PeerAway):
+                await hub.call(key, "agent", "echo", {}, 0)
+
+
 async def test_a_call_survives_a_lost_connection(tmp_path: Path) -> None:
     asked = asyncio.Event()
 
