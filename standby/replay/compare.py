@@ -86,14 +86,19 @@ class StandbyComparison:
         self._held = ""
 
     async def hold(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Stop at the newest recovery point. Raises ``DrainRefused``."""
+        """Stop at the newest recovery point. Raises ``DrainRefused``, ``ComparisonInterrupted``."""
         args = _parsed(raw, _Args)
+        if not self._held and self._follower.status().state in ("draining", "drained"):
+            raise self._interrupted()  # a takeover was first
         self._extend(args.comparison)
         return {"applied": str(await self._drained(args.comparison, None))}
 
     async def compare(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Go on to exactly ``position``, compare there, and follow again."""
+        """Go on to exactly ``position``, compare there, and follow again. ``hold`` comes first; raises
+        ``ComparisonInterrupted`` if the hold has ended meanwhile."""
         args = _parsed(raw, CompareArgs)
+        if self._held != args.comparison:
+            raise self._interrupted()
         self._extend(args.comparison)
         position = Position.parse(args.position)
         try:
@@ -137,11 +142,14 @@ class StandbyComparison:
     def _check(self, comparison: str, position: Position) -> None:
         now = self._follower.status()
         if self._held != comparison or now.state != "drained" or now.applied != position:
-            raise ComparisonInterrupted(
-                "The standby had to move on while it was being compared.",
-                remedy="Repeat the comparison when no takeover is under way.",
-                state=now.state,
-            )
+            raise self._interrupted()
+
+    def _interrupted(self) -> ComparisonInterrupted:
+        return ComparisonInterrupted(
+            "The standby had to move on while it was being compared.",
+            remedy="Repeat the comparison when no takeover is under way.",
+            state=self._follower.status().state,
+        )
 
     def _extend(self, comparison: str) -> None:
         self._held, self._until = comparison, self._clock.monotonic() + LEASE_S
