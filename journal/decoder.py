@@ -124,3 +124,18 @@ def expand(decompressor: zstandard.ZstdDecompressor, stored: bytes | memoryview,
     if len(frame) != want:
         raise SegmentDamaged("A frame does not expand to its length.", remedy="Fetch the segment again.")
     return frame
+
+
+def expand_into(decompressor: zstandard.ZstdDecompressor, stored: bytes | memoryview, out: memoryview) -> None:
+    """The same into a buffer, which the frame must fill exactly."""
+    try:
+        # The frame states its own size, and the buffer bounds what is made of it.
+        whole = zstandard.frame_content_size(stored) == len(out)
+        with decompressor.stream_reader(stored) as reader:
+            done = 0
+            while whole and done < len(out) and (got := reader.readinto(out[done:])):
+                done += got
+    except zstandard.ZstdError as error:
+        raise SegmentDamaged(f"A frame does not decompress: {error}.", remedy="Fetch the segment again.") from error
+    if not whole or done != len(out):
+        raise SegmentDamaged("A frame does not expand to its length.", remedy="Fetch the segment again.")

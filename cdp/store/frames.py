@@ -10,9 +10,10 @@ from typing import Final
 import zstandard
 
 from cdp.store.errors import StoredDamage, StoreFailed, UnknownPosition
+from cdp.store.files import opened
 from cdp.store.ledger import Ledger
 from cdp.store.record import Layout, read_layout
-from journal.decoder import expand
+from journal.decoder import expand, expand_into
 from journal.errors import SegmentDamaged
 from journal.segment import FRAME_BYTES
 
@@ -49,6 +50,13 @@ class Frames:
         done = 0
         while done < len(out):
             content = self._cached(segment, frame)
+            if content is None and skip == 0 and len(out) - done >= FRAME_BYTES:
+                # Whole frames go to their place at once: who reads so much does not come back for it.
+                expanded = self._expand_into(out[done:], segment, frame)
+                done += expanded * FRAME_BYTES
+                frame += expanded
+                if expanded:
+                    continue
             if content is None:
                 content = self._load(segment, frame, -(-(skip + len(out) - done) // FRAME_BYTES))
             take = min(len(content) - skip, len(out) - done)
@@ -56,19 +64,53 @@ class Frames:
             done += take
             frame, skip = frame + 1, 0
 
+    def _expand_into(self, out: memoryview, segment: _Key, frame: int) -> int:
+        """Fill ``out`` with as many whole frames as fit, from ``frame`` on; returns how many there were."""
+        layout = self._layout(segment)
+        # The payload's last frame may be a shorter one.
+        last = min(frame + len(out) // FRAME_BYTES, layout.header.payload_bytes // FRAME_BYTES)
+        if last <= frame:
+            return 0
+        last = _bounded(layout, frame, last)
+        try:
+            stored, first = self._stored(layout, frame, last), layout.starts[frame]
+            for number in range(frame, last):
+                piece = stored[layout.starts[number] - first : layout.starts[number + 1] - first]
+                target = out[(number - frame) * FRAME_BYTES : (number - frame + 1) * FRAME_BYTES]
+                layout.check_frame(number, piece)
+                if layout.raw[number]:
+                    target[:] = piece
+                else:
+                    self._expand(piece, target)
+        except (StoredDamage, OSError) as error:
+            raise self._explained(segment, error) from error
+        return last - frame
+
+    def _expand(self, piece: memoryview, target: memoryview) -> None:
+        try:
+            expand_into(self._decompressor(), piece, target)
+        except SegmentDamaged as error:
+            raise StoredDamage(error.sentence, remedy=error.remedy) from error
+
+    def _stored(self, layout: Layout, frame: int, last: int) -> memoryview:
+        """The bytes of the frames ``frame`` to ``last`` (not included) as they are stored."""
+        with opened(self._store.files, self._store.pool.path(layout.file)) as handle:
+            length = layout.starts[last] - layout.starts[frame]
+            return memoryview(self._store.files.read(handle, length, layout.starts[frame]))
+
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        """One for each thread: they serve one only."""
+        known: zstandard.ZstdDecompressor | None = getattr(self._local, "decompressor", None)
+        if known is None:
+            known = self._local.decompressor = zstandard.ZstdDecompressor()
+        return known
+
     def _load(self, segment: _Key, frame: int, count: int) -> bytes:
         """Read ``count`` frames at most, from ``frame`` on, into the cache; returns the first."""
         layout = self._layout(segment)
-        last = min(frame + count, len(layout.starts) - 1)
-        while last > frame + 1 and layout.starts[last] - layout.starts[frame] > _READ_BYTES:
-            last = frame + max(1, (last - frame) // 2)
+        last = _bounded(layout, frame, min(frame + count, len(layout.starts) - 1))
         try:
-            handle = self._store.files.open(self._store.pool.path(layout.file))
-            try:
-                length = layout.starts[last] - layout.starts[frame]
-                stored = memoryview(self._store.files.read(handle, length, layout.starts[frame]))
-            finally:
-                self._store.files.close(handle)
+            stored = self._stored(layout, frame, last)
             contents = [self._content(layout, number, stored, layout.starts[frame]) for number in range(frame, last)]
         except (StoredDamage, OSError) as error:
             raise self._explained(segment, error) from error
@@ -85,12 +127,8 @@ class Frames:
         want = min(FRAME_BYTES, layout.header.payload_bytes - frame * FRAME_BYTES)
         if layout.raw[frame]:
             return bytes(piece)
-        # A decompressor serves one thread only.
-        decompressor = getattr(self._local, "decompressor", None)
-        if decompressor is None:
-            decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
         try:
-            return expand(decompressor, piece, want)
+            return expand(self._decompressor(), piece, want)
         except SegmentDamaged as error:
             raise StoredDamage(error.sentence, remedy=error.remedy) from error
 
@@ -132,6 +170,13 @@ class Frames:
         if isinstance(error, StoredDamage):
             return error
         return StoreFailed(f"A segment cannot be read: {error}.", remedy="Check the store's disk.")
+
+
+def _bounded(layout: Layout, frame: int, last: int) -> int:
+    """At most ``last``, so that not too much is read at once."""
+    while last > frame + 1 and layout.starts[last] - layout.starts[frame] > _READ_BYTES:
+        last = frame + max(1, (last - frame) // 2)
+    return last
 
 
 def _gone(segment: _Key) -> SegmentGone:
