@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.real
 
 V4, V6 = "10.99.0.100/24", "fd99::100/64"
 PORT = 7
+ECHO_S = 3.5
 SWITCH_S_MAX = 0.5
 """Measured 10 to 50 ms; without announcements it takes 30 s and more."""
 
@@ -48,12 +50,21 @@ def neighbour(lan: Lan, text: str) -> str:
     return lan["client"].ip("neigh", "show", text.partition("/")[0])
 
 
+def served(lan: Lan, text: str, seconds: float) -> Future[tuple[float | None, float | None]]:
+    """A client that asks for ``seconds``, once the source answers and the client has learned its place."""
+    plain = text.partition("/")[0]
+    assert lan["client"].run(traffic.ask, plain, PORT, "source", 5.0)[1] is not None, "the source does not answer"
+    lan["client"].ip("neigh", "flush", "dev", "eth0")
+    asking = lan["client"].start(traffic.ask, plain, PORT, "standby", seconds)
+    wait_until(lambda: lan["source"].mac() in neighbour(lan, text), 3, "the client's neighbour entry")
+    return asking
+
+
 @pytest.mark.parametrize("text", [V4, V6])
 def test_switch_over_is_fast_with_a_stale_neighbour_entry(lan: Lan, text: str) -> None:
     plain = text.partition("/")[0]
-    echoes = [lan[name].start(traffic.echo, plain, name, PORT, 2.5) for name in ("source", "standby")]
-    asking = lan["client"].start(traffic.ask, plain, PORT, "standby", 2.5)
-    wait_until(lambda: lan["source"].mac() in neighbour(lan, text), 3, "the client's neighbour entry")
+    echoes = [lan[name].start(traffic.echo, plain, name, PORT, ECHO_S) for name in ("source", "standby")]
+    asking = served(lan, text, 2.5)
 
     evidence = lan["source"].run(address.remove, [text])
     assert evidence.removed == (text,) and not evidence.remaining and evidence.devices == {text: "eth0"}
@@ -74,9 +85,8 @@ def test_switch_over_is_fast_with_a_stale_neighbour_entry(lan: Lan, text: str) -
 def test_switch_over_without_probe(lan: Lan, text: str) -> None:
     """What the address move itself costs: remove, add, announce."""
     plain = text.partition("/")[0]
-    echoes = [lan[name].start(traffic.echo, plain, name, PORT, 2.0) for name in ("source", "standby")]
-    asking = lan["client"].start(traffic.ask, plain, PORT, "standby", 2.0)
-    wait_until(lambda: lan["source"].mac() in neighbour(lan, text), 3, "the client's neighbour entry")
+    echoes = [lan[name].start(traffic.echo, plain, name, PORT, ECHO_S) for name in ("source", "standby")]
+    asking = served(lan, text, 2.0)
     lan["source"].run(address.remove, [text])
     lan["standby"].run(address.take, [text], force=True)
     last, first = asking.result()
