@@ -16,18 +16,21 @@ writing them. It becomes a record only with its header, which is written when ev
 
 from __future__ import annotations
 
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from cdp.store.errors import StoreFailed, StoreFull, UnknownDisk
 from cdp.store.index import disk_error
 from cdp.store.machines import Machines
-from cdp.store.record import RECORD_HEADER_BYTES, pack_record, record_bytes
+from cdp.store.record import RECORD_HEADER_BYTES, pack_record, record_bytes, sums_ahead
 from cdp.store.records import Entry, Machine
 from cdp.store.state import MachineState
 from journal.chain import Verdict, check_machine, judge
-from journal.decoder import decode
+from journal.decoder import Segment, decode
 from journal.errors import CdpError
 from journal.extent import Extents
 from journal.position import Position
@@ -35,6 +38,15 @@ from journal.segment import Header
 
 
 class Ingest(Machines):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._hashing = ThreadPoolExecutor(1, "store-hash")
+        self._hashing_is_free = threading.Semaphore()
+
+    def _let_go(self) -> None:
+        self._hashing.shutdown()
+        super()._let_go()
+
     def put_segment(self, machine: uuid.UUID, raw: bytes | bytearray | memoryview) -> tuple[Position, bool]:
         """Store one encoded segment; durable on return. Returns its position and whether it had been stored before.
 
@@ -85,9 +97,9 @@ class Ingest(Machines):
                 zeros = bytes(length - RECORD_HEADER_BYTES - len(raw))
                 self.files.write(state.handle, [bytes(RECORD_HEADER_BYTES), raw, zeros], state.end)
                 self.files.start(state.handle, length, state.end)
-            segment = decode(raw)
+            segment, sums = self._verified(header, raw)
             _check_extents(state.machine, segment.extents)
-            record = pack_record(segment, state.file.tag, state.end)
+            record = pack_record(segment, state.file.tag, state.end, sums)
             if early:
                 head, _, tail = record
                 self.files.write(state.handle, [tail], state.end + RECORD_HEADER_BYTES + len(raw))
@@ -101,6 +113,18 @@ class Ingest(Machines):
                 failure.fields["segment_bytes"] = header.segment_bytes
             raise failure from error
         return Entry(header, state.file.number, state.end, length)
+
+    def _verified(self, header: Header, raw: memoryview) -> tuple[Segment, bytes]:
+        """The decoded segment and the sums of its frames. A large one is hashed by two threads, unless the second one
+        is busy: then the processors are as well."""
+        if self.early_bytes > len(raw) or not self._hashing_is_free.acquire(blocking=False):
+            return decode(raw), sums_ahead(header, raw)
+        try:
+            decoding = self._hashing.submit(decode, raw)
+            sums = sums_ahead(header, raw)
+            return decoding.result(), sums
+        finally:
+            self._hashing_is_free.release()
 
     def _digest_at(self, state: MachineState, seq: int) -> bytes | None:
         entry = self.entry(state, state.tip.generation, seq)

@@ -26,6 +26,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from cdp.store.errors import StoredDamage
@@ -98,8 +100,8 @@ def record_bytes(segment_bytes: int, frame_count: int) -> int:
     return -(-length // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def pack_record(segment: Segment, tag: bytes, synced_to: int) -> list[Buffer]:
-    """The buffers of a record, in order; together ``record_bytes`` long."""
+def pack_record(segment: Segment, tag: bytes, synced_to: int, sums: bytes | None = None) -> list[Buffer]:
+    """The buffers of a record, in order; together ``record_bytes`` long. ``sums``: what ``sums_ahead`` gave."""
     header = segment.header
     head = RecordHeader(
         header.machine,
@@ -110,7 +112,8 @@ def pack_record(segment: Segment, tag: bytes, synced_to: int) -> list[Buffer]:
         synced_to,
         header.digest,
     )
-    sums = _frame_sums(segment)
+    if sums is None:
+        sums = _frame_sums(header, segment.frame_lengths, segment.raw)
     tail = sums + _sum(header.digest + sums)
     padding = head.record_bytes - RECORD_HEADER_BYTES - header.segment_bytes - len(tail)
     return [head.pack(tag), segment.raw, tail + bytes(padding)]
@@ -199,11 +202,22 @@ def _unpacked(header: Header, unpack: Callable[[Header, bytes], T], table: bytes
         raise _damaged(header, error.sentence) from error
 
 
-def _frame_sums(segment: Segment) -> bytes:
-    view = segment.raw
-    at = HEADER_BYTES + segment.header.table_bytes
+def sums_ahead(header: Header, raw: memoryview) -> bytes:
+    """The frame sums of an encoded segment whose payload is being verified elsewhere at this moment. Of use only if
+    that succeeds."""
+    table = raw[HEADER_BYTES : HEADER_BYTES + header.table_bytes]
+    if blake3(table).digest() != header.table_digest:
+        return b""
+    try:
+        return _frame_sums(header, unpack_table(header, table)[1], raw)
+    except SegmentDamaged:
+        return b""
+
+
+def _frame_sums(header: Header, frame_lengths: npt.NDArray[np.uint32], view: memoryview) -> bytes:
+    at = HEADER_BYTES + header.table_bytes
     sums = bytearray()
-    for entry in segment.frame_lengths.tolist():
+    for entry in frame_lengths.tolist():
         length = entry & ~FRAME_RAW
         sums += _sum(view[at : at + length])
         at += length

