@@ -1,7 +1,7 @@
 """A store that an earlier version wrote is opened, served, verified, written to and folded by this one.
 
-``formats/store-N.tar.zst`` were written by ``formats/write_store.py`` with the code of their time, ``store-1`` at commit
-c75cb9a. They are never written again; a change of the format adds one.
+``formats/store-N.tar.zst`` were written by ``formats/write_store.py`` with the code of their time, ``store-1`` at
+commit c75cb9a. They are never written again; a change of the format adds one.
 """
 
 from __future__ import annotations
