@@ -43,9 +43,7 @@ def find_point(client: Client, name: str, at: float | None, bookmark: str | None
         return client.get(m.PointAnswer, name_in(m.POINT, name), **query)
     except CdpError as error:
         if nearest := _nearest(error.fields):
-            raise type(error)(
-                error.sentence, remedy=f"The nearest: {nearest}.", **error.fields
-            ) from None
+            raise type(error)(error.sentence, remedy=f"The nearest: {nearest}.", **error.fields) from None
         raise
 
 

@@ -14,8 +14,8 @@ from cdp.store.errors import StoreFailed
 from cdp.store.files import remove_tree
 from cdp.store.frames import Frames
 from cdp.store.ledger import Ledger
-from cdp.store.points import Points
 from cdp.store.machines import unknown_position
+from cdp.store.points import Points
 from cdp.store.record import read_extents
 from cdp.store.records import Base, Entry, Span
 from cdp.store.runfile import PageCache, RunShelf

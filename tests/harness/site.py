@@ -12,7 +12,6 @@ from typing import Any
 
 from tests.harness.wait import wait_until
 
-
 SMALL = "[store]\nfile_bytes = 16777216\nmap_bytes = 268435456\n"
 
 
