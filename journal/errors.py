@@ -129,6 +129,14 @@ class NotInjected(CdpError):
     http_status = 409
 
 
+class NoRecoveryPoint(CdpError):
+    """There is no consistent state for that time. ``fields`` may name the nearest ones, in ns since the epoch.
+    Transient where a seed or resync that goes on is the reason."""
+
+    code = "no-recovery-point"
+    http_status = 404
+
+
 class Unavailable(CdpError):
     """The server cannot answer just now: it is shutting down or at a limit."""
 

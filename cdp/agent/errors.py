@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from journal.errors import CdpError
+from journal.errors import CdpError, NoRecoveryPoint
 
 
 class ConfigInvalid(CdpError):
@@ -48,20 +48,15 @@ class ServerUnreachable(CdpError):
     http_status = 503
 
 
-class NoRecoveryPoint(CdpError):
-    """A recovery point was asked for while a seed or resync has not caught up."""
-
-    code = "no-recovery-point"
-    transient = True
-    http_status = 409
-
-
 def no_recovery_point(why: str) -> NoRecoveryPoint:
-    return NoRecoveryPoint(
+    """For who asks while a seed or resync has not caught up: it passes."""
+    error = NoRecoveryPoint(
         f"There is no recovery point now: {why}.",
         remedy="Wait until 'cdp status' shows no seed or resync, then repeat it.",
         why=why,
     )
+    error.transient = True
+    return error
 
 
 class Fenced(CdpError):

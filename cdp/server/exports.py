@@ -28,9 +28,9 @@ from cdp.server import export_messages as x
 from cdp.server.errors import ExportDiffers, UnknownExport
 from cdp.server.http import PRINCIPAL, Gate, answer, body_of, position, query_int, send_bytes
 from cdp.server.workers import ByteBudget, Workers
-from cdp.store.errors import NoRecoveryPoint, UnknownMachine
+from cdp.store.errors import UnknownMachine
 from cdp.store.image import ImageReader
-from journal.errors import BadRequest, CdpError, Unavailable
+from journal.errors import BadRequest, CdpError, NoRecoveryPoint, Unavailable
 from journal.extent import DISK_BYTES_MAX, DISKS_MAX
 from journal.position import Position
 

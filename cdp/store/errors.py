@@ -84,13 +84,6 @@ class PositionFolded(UnknownPosition):
     http_status = 410
 
 
-class NoRecoveryPoint(CdpError):
-    """No consistent state is stored for that time. ``fields`` name the nearest ones, in ns since the epoch."""
-
-    code = "no-recovery-point"
-    http_status = 404
-
-
 class UnknownBookmark(CdpError):
     code = "unknown-bookmark"
     http_status = 404

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Generator, Iterator
 from contextlib import closing
 
-from cdp.store.errors import NoRecoveryPoint, PositionFolded, StoredDamage, StoreFailed
+from cdp.store.errors import PositionFolded, StoredDamage, StoreFailed
 from cdp.store.ingest import Ingest
 from cdp.store.machines import unknown_position
 from cdp.store.record import read_segment
@@ -25,6 +25,7 @@ from cdp.store.records import (
     time_key,
 )
 from cdp.store.state import MachineState
+from journal.errors import NoRecoveryPoint
 from journal.position import Position
 from journal.segment import Flags, Header
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from cdp.imagefile import Fill, ImageFile
-from cdp.store.errors import NoRecoveryPoint, RecoverFailed
+from cdp.store.errors import RecoverFailed
 from cdp.store.files import OsFiles, opened
 from cdp.store.image import ImageReader
 from cdp.store.store import Store
+from journal.errors import NoRecoveryPoint
 from journal.position import Position
 
 Progress = Callable[[int, int], None]

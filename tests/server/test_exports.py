@@ -11,8 +11,8 @@ import pytest
 from cdp.server import export_messages as x
 from cdp.server.errors import ExportDiffers, UnknownExport
 from cdp.server.exports import PREFIX, Exports
-from cdp.store.errors import NoRecoveryPoint, UnknownPosition
-from journal.errors import BadRequest, Forbidden
+from cdp.store.errors import UnknownPosition
+from journal.errors import BadRequest, Forbidden, NoRecoveryPoint
 from journal.segment import Flags
 from tests.server.running import DISKS, Running, Writer, running
 

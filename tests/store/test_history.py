@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cdp.store import Store
-from cdp.store.errors import BookmarkExists, NoRecoveryPoint, UnknownBookmark, UnknownPosition
+from cdp.store.errors import BookmarkExists, UnknownBookmark, UnknownPosition
+from journal.errors import NoRecoveryPoint
 from journal.extent import Kind
 from journal.position import Position
 from journal.segment import Flags

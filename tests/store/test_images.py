@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from cdp.store import ImageReader, Store, recover
-from cdp.store.errors import NoRecoveryPoint, PositionFolded, RangeTooLarge, RecoverFailed, UnknownDisk, UnknownPosition
+from cdp.store.errors import PositionFolded, RangeTooLarge, RecoverFailed, UnknownDisk, UnknownPosition
 from cdp.store.files import OsFiles
 from cdp.store.records import Entry, Span
 from cdp.store.resolve import resolve
@@ -20,6 +20,7 @@ from cdp.store.runfile import PageCache, RunShelf
 from cdp.store.runs import build, find, merge, pack_extents
 from cdp.store.versions import Versions
 from journal.decoder import decode
+from journal.errors import NoRecoveryPoint
 from journal.extent import Extents
 from journal.position import Position
 from journal.segment import Flags, Header

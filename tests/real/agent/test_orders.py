@@ -8,10 +8,9 @@ import threading
 
 import pytest
 
-from cdp.agent.errors import NoRecoveryPoint
 from cdp.agent.state import Fence, StateDir
 from cdp.store import ImageReader
-from journal.errors import CdpError, StaleGeneration
+from journal.errors import CdpError, NoRecoveryPoint, StaleGeneration
 from journal.position import Position
 from standby.takeover import address
 from tests.harness.wait import wait_until, wait_until_async
