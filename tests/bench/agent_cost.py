@@ -21,7 +21,7 @@ from tests.harness.plant import Plant
 RATES_MB_PER_S = (1, 5, 20, 100)
 LAG_RATE_MB_PER_S = 20
 ROUNDS = 3
-SECONDS = 15
+SECONDS = 10
 DISK_BYTES = 1 << 30
 
 

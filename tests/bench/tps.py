@@ -24,7 +24,7 @@ from tests.harness.plant import Plant
 from tests.harness.postgres import PostgresInstance
 from tests.harness.process import run
 
-PAIRS = {"tps_ratio": 24, "tps_ratio_memory": 12}
+PAIRS = {"tps_ratio": 16, "tps_ratio_memory": 8}
 SECONDS = 5
 """Short, so that the two of a pair meet the same host: many short pairs tell more of a noisy one than few long ones."""
 WARM_UP_S = 5
