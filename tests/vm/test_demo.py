@@ -36,7 +36,7 @@ def leftovers() -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["planned", "unplanned"])
-def test_a_machine_under_load_is_taken_over(mode: str) -> None:
+def test_a_machine_under_load_is_taken_over(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deploy.lab.demo", "--mode", mode, "--downtime-max", str(DOWNTIME_S_MAX)],
         cwd=ROOT,
@@ -45,6 +45,8 @@ def test_a_machine_under_load_is_taken_over(mode: str) -> None:
         text=True,
     )
     print(done.stdout)
+    with capsys.disabled():
+        print(f"\n{done.stdout.splitlines()[-1]}")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["verdict"] == "pass", result
     assert done.returncode == 0
