@@ -25,6 +25,8 @@ LOOK_S: Final = 0.5
 BORROW_FRACTION: Final = 0.5
 REPAID_FRACTION: Final = 0.25
 """Of the spool: above the first the limit is lifted, below the second it is kept again."""
+SHOWN_S: Final = 30.0
+"""A limit that was not kept is shown for so long: a fast line empties the spool within a second, again and again."""
 COPY_BACKLOG_S: Final = 0.5
 """A seed or resync adds to the spool only while this much of the limit waits there: the journal is delayed by no more
 than twice that, and the line is never idle."""
@@ -43,6 +45,7 @@ class Bucket:
         self.bytes_per_s = bytes_per_s
         self.lift: Lift | None = None
         self.borrowed_bytes = 0
+        self._exceeded_at = -float("inf")
         self._clock = clock
         self._sleep = sleep
         self._level = self._full
@@ -66,13 +69,17 @@ class Bucket:
             return
         if self._level <= 0:
             self.borrowed_bytes += length
+            if self.lift is not None and self.lift.borrowing:
+                self._exceeded_at = self._at
             return
         self._level -= length
 
     @property
     def exceeded(self) -> bool:
-        """There is a limit, and it is not kept because of the spool."""
-        return self.bytes_per_s is not None and self.lift is not None and self.lift.borrowing
+        """There is a limit, and because of the spool it is not kept, or was not a moment ago."""
+        if self.bytes_per_s is None or self.lift is None:
+            return False
+        return self.lift.borrowing or self._clock() - self._exceeded_at < SHOWN_S
 
     @property
     def _lifted(self) -> bool:
