@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(500)]
 RUNS = 20
 RING_BYTES = 1 << 20
 SIZES = (48 << 20, 32 << 20)
-LOAD_S = 1.0
+LOAD_S = 2.0
 CLOSED_S_MAX = 20.0
 
 
