@@ -30,8 +30,10 @@ from cdp.agent.capture.spool import Mark, RawSpool
 from cdp.agent.copy import BUFFER_BYTES
 from cdp.agent.dirty import Geometry
 from cdp.agent.errors import Fenced, no_recovery_point
+from cdp.agent.pace import Pace
 from cdp.agent.rounds import Rounds
 from cdp.agent.seal import WINDOW_BYTES, Cut, Sealer
+from cdp.agent.sealorders import SealOrders
 from cdp.agent.spool import Spool, Spooled
 from cdp.agent.state import Cursor
 from cdp.agent.status import Status
@@ -43,13 +45,8 @@ from journal.wire import MachineState
 log = logging.getLogger(__name__)
 
 Dropping = Literal["no-history", "spool-full", "fenced"]
-HOLD_S_MAX: Final = 120.0
-"""A planned takeover that has not fenced by then has failed; the raw spool must not fill up for it."""
 MARK_DEADLINE_S: Final = 1.0
 """Without a mark for this long the raw spool is full or the drainer is dead: seal what is there."""
-LOOK_S: Final = (0.02, 0.25)
-"""How often the raw spool is looked at within a second, so that a burst is not sealed only at its end: about when a
-window is full, at the rate of the last look."""
 HURRY_BYTES: Final = 4 * WINDOW_BYTES
 """So far behind, speed counts more than the ratio of the compression."""
 SEGMENT_ROOM_BYTES: Final = WINDOW_BYTES + BUFFER_BYTES + (1 << 20)
@@ -90,9 +87,9 @@ class Pipeline:
         self._key = (str(machine), status.boot_id, f"{session.capture_id:016x}")
         self._cursor: Cursor | None = None
         self._dropping: Dropping | None = "no-history"
-        self._held_until = 0.0
         self._lost_generation = -1
-        self._orders: list[tuple[bool, asyncio.Future[Position]]] = []
+        self._orders = SealOrders()
+        self._pace = Pace(raw.drained)
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._disks_changed: dict[int, str] = {}
@@ -169,21 +166,20 @@ class Pipeline:
     async def seal_now(self, *, hold: bool) -> Position:
         """Cut now; the sealed recovery point. ``hold``: add nothing to the history until ``release`` or a fence.
         Raises ``NoRecoveryPoint`` or ``Fenced``. May be cancelled: the cut itself is the beat's business."""
-        order: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
-        self._orders.append((hold, order))
+        order = self._orders.ask(hold=hold)
         self._wake.set()
         return await order
 
     def release(self) -> None:
         """End a hold."""
-        self._held_until = 0.0
+        self._orders.release()
         self._wake.set()
 
     async def fence(self) -> None:
         """Seal nothing more; what is captured from here on is marked, for a resync if the fence is lifted."""
         async with self._lock:
             self._drop("fenced")
-            self._held_until = 0.0
+            self._orders.release()
 
     async def compare(self, reason: str) -> None:
         """Compare everything with the server, in the history as it is."""
@@ -219,8 +215,8 @@ class Pipeline:
             await self._wait(due)
             early = time.monotonic() < due and not self._orders and not self._rounds.urgent
             async with self._lock:
-                if self._held:
-                    self._obey(None, len(self._orders))
+                if self._orders.held and self._cursor is not None:
+                    self._orders.grant(len(self._orders), self._cursor.position)  # the same order again
                 elif early and self._dropping is None and self._behind >= WINDOW_BYTES:
                     await self._seal_ahead()
                     continue
@@ -235,26 +231,16 @@ class Pipeline:
 
     def _obey(self, entry: Spooled | None, asked: int) -> None:
         """Answer the first ``asked`` orders to seal, given the segment that has been sealed up to a mark since."""
-        if entry is None and self._dropping is None and not self._held:
+        if self._dropping == "fenced":
+            self._orders.refuse(
+                asked, lambda: Fenced("This machine is fenced; it seals nothing.", remedy="See 'cdp status'.")
+            )
+        elif entry is None and self._dropping is None:
             return  # the cut has only caught up with a raw spool that was full; the next one is it
-        orders, self._orders = self._orders[:asked], self._orders[asked:]
-        for hold, order in orders:
-            if order.done():
-                continue
-            if self._held and self._cursor is not None:
-                order.set_result(self._cursor.position)  # the same order again
-            elif self._dropping == "fenced":
-                order.set_exception(Fenced("This machine is fenced; it seals nothing.", remedy="See 'cdp status'."))
-            elif entry is None or not entry.recovery_point:
-                order.set_exception(no_recovery_point(self._status.fuzzy_reason))
-            else:
-                if hold:
-                    self._held_until = time.monotonic() + HOLD_S_MAX
-                order.set_result(entry.position)
-
-    @property
-    def _held(self) -> bool:
-        return time.monotonic() < self._held_until
+        elif entry is None or not entry.recovery_point:
+            self._orders.refuse(asked, lambda: no_recovery_point(self._status.fuzzy_reason))
+        else:
+            self._orders.grant(asked, entry.position)
 
     @property
     def _may_copy(self) -> bool:
@@ -276,19 +262,17 @@ class Pipeline:
     async def _wait(self, due: float) -> None:
         """Until ``due``, an order, or something to do before it."""
         self._wake.clear()
-        seen, look_s = self._raw.drained, LOOK_S[1]
         while (left := due - time.monotonic()) > 0 and not self._orders:
-            if not self._held and (
+            if not self._orders.held and (
                 self._behind >= WINDOW_BYTES or (self._dropping is None and self._rounds.urgent) or self._may_copy
             ):
                 return
             try:
-                async with asyncio.timeout(min(left, look_s)):
+                async with asyncio.timeout(min(left, self._pace.look_s(self._raw.drained))):
                     await self._wake.wait()
                 self._wake.clear()
             except TimeoutError:
-                came, seen = self._raw.drained - seen, self._raw.drained
-                look_s = min(max(LOOK_S[0], look_s * WINDOW_BYTES / max(came, 1)), LOOK_S[1])
+                continue
 
     async def _copy(self, due: float) -> None:
         if not self._may_copy:

@@ -114,11 +114,11 @@ class Ingest(Machines):
             raise failure from error
         return Entry(header, state.file.number, state.end, length)
 
-    def _verified(self, header: Header, raw: memoryview) -> tuple[Segment, bytes]:
-        """The decoded segment and the sums of its frames. A large one is hashed by two threads, unless the second one
-        is busy: then the processors are as well."""
+    def _verified(self, header: Header, raw: memoryview) -> tuple[Segment, bytes | None]:
+        """The decoded segment and the sums of its frames, if they are known already. A large one is hashed by two
+        threads, unless the second one is busy: then the processors are as well."""
         if self.early_bytes > len(raw) or not self._hashing_is_free.acquire(blocking=False):
-            return decode(raw), sums_ahead(header, raw)
+            return decode(raw), None
         try:
             decoding = self._hashing.submit(decode, raw)
             sums = sums_ahead(header, raw)

@@ -64,8 +64,10 @@ class Prefill(Retention):
 
     def may_prefill(self, machine: uuid.UUID) -> bool:
         """Nothing is stored of the machine, and it has not been closed."""
+        if not _untouched(self.state(machine)):
+            return False
         row = self.prefill(machine)
-        return _untouched(self.state(machine)) and (row is None or row.state == "filling")
+        return row is None or row.state == "filling"
 
     def check_settled(self, machine: uuid.UUID) -> None:
         """Raise ``PrefillUnsettled`` while the image at the genesis may still change under a reader."""
@@ -193,4 +195,4 @@ def _name(machine: uuid.UUID | str) -> str:
 
 
 def _untouched(state: MachineState) -> bool:
-    return state.base is None and state.tip == Position.genesis(state.machine.uuid, _ROOT, None)
+    return state.base is None and state.tip.generation == _ROOT and state.tip.is_genesis

@@ -10,7 +10,8 @@ from standby.takeover.controller import TakeoverController
 from standby.takeover.errors import StandbyReset
 from standby.takeover.record import Options, TakeoverRecord
 from standby.takeover.states import Act, Direction, Mode, State
-from tests.takeover.world import ADDRESS, COMPARISON_TICKS, Broken, Records, World
+from tests.takeover.peers import Records, ports
+from tests.takeover.world import ADDRESS, COMPARISON_TICKS, Broken, World
 
 LIVES_MAX = 60
 """Lives of the controller until a schedule counts as one that never ends."""
@@ -49,7 +50,7 @@ class Operator:
         ids = iter(f"t{number}" for number in range(len(self.world.records) + 1, 1000))
         rested = False
         try:
-            async with TakeoverController(Records(self.world), self.world.ports(), lambda: next(ids)) as controller:
+            async with TakeoverController(Records(self.world), ports(self.world), lambda: next(ids)) as controller:
                 rested = await self._work(controller)
         except* Broken:
             pass  # a record that could not be stored ends the process: that is a kill, too

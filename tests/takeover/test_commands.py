@@ -11,9 +11,10 @@ from standby.takeover.controller import TakeoverController
 from standby.takeover.errors import TakeoverActive, TakeoverRefused, TakeoverUnknown
 from standby.takeover.states import Act, Mode, StandbyState, State, standby_state
 from tests.takeover.operator import check_end
+from tests.takeover.peers import Records, ports
 from tests.takeover.test_controller import At, always
 from tests.takeover.virtual_time import run
-from tests.takeover.world import MACHINE, Records, World
+from tests.takeover.world import MACHINE, World
 
 Play = Callable[[TakeoverController, World], Awaitable[None]]
 
@@ -21,7 +22,7 @@ Play = Callable[[TakeoverController, World], Awaitable[None]]
 def with_controller(play: Play, faults: At | None = None, **spec: object) -> None:
     async def go() -> None:
         world = World(faults or At({}), **spec)
-        async with TakeoverController(Records(world), world.ports()) as controller:
+        async with TakeoverController(Records(world), ports(world)) as controller:
             await play(controller, world)
         assert not world.violations
 
