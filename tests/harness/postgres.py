@@ -102,8 +102,11 @@ class PostgresInstance:
 
     def client(self, program: str) -> list[str]:
         """The beginning of a client program's command line."""
-        # Over the socket any user may be postgres: authentication is "trust", the directory is private.
-        return [str(binaries() / program), "-h", str(self.sockets), "-U", USER, "-d", DATABASE]
+        # Over the socket any user may be postgres: authentication is "trust", the directory is private. The database is
+        # not named by -d, which tells pgbench to print every transaction.
+        return [
+            "env", f"PGDATABASE={DATABASE}", str(binaries() / program), "-h", str(self.sockets), "-U", USER
+        ]  # fmt: skip
 
     def verify(self) -> str:
         """Every page and index is sound, and no transaction of pgbench is there in part. Returns what was counted."""
