@@ -49,7 +49,8 @@ class BaseImage:
     def prepare(self, disk: int, size_bytes: int) -> None:
         """Make the disk's files, or let them grow with the disk."""
         chunks = -(-size_bytes // CHUNK_BYTES)
-        for path, size in ((self._image(disk), chunks * CHUNK_BYTES), (self._slots(disk), chunks * SLOT_BYTES)):
+        # The slots first: a reader takes a disk for one that is there once it has its image.
+        for path, size in ((self._slots(disk), chunks * SLOT_BYTES), (self._image(disk), chunks * CHUNK_BYTES)):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not path.exists() or path.stat().st_size < size:
                 self._files.create_sparse(path, size)

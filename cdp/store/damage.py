@@ -144,12 +144,11 @@ def _in_frames(extents: Extents, bad: set[int] | None) -> list[Range]:
 
 def _bad_frames(store: Store, entry: Entry) -> set[int] | None:
     """None: any of them may be."""
-    file = store.pool.row(entry.file)
-    if file is None:
+    if store.pool.row(entry.file) is None:
         return None
     path = store.pool.path(entry.file)
     try:
-        layout = read_layout(store.files, path, file, entry)
+        layout = read_layout(store.files, path, entry)
     except StoredDamage:
         return None
     bad = set()

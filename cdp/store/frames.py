@@ -17,8 +17,8 @@ from journal.decoder import expand, expand_into
 from journal.errors import SegmentDamaged
 from journal.segment import FRAME_BYTES
 
-CACHE_FRAMES: Final = 512
-"""32 MiB of decompressed payload, for all readers of a store together."""
+CACHE_FRAMES: Final = 1024
+"""64 MiB of decompressed payload, for all readers of a store together."""
 CACHE_LAYOUTS: Final = 4096
 """An hour of them: some 10 MiB."""
 _READ_BYTES: Final = 8 << 20
@@ -94,7 +94,7 @@ class Frames:
 
     def _stored(self, layout: Layout, frame: int, last: int) -> memoryview:
         """The bytes of the frames ``frame`` to ``last`` (not included) as they are stored."""
-        with opened(self._store.files, self._store.pool.path(layout.file)) as handle:
+        with opened(self._store.files, layout.path) as handle:
             length = layout.starts[last] - layout.starts[frame]
             return memoryview(self._store.files.read(handle, length, layout.starts[frame]))
 
@@ -147,11 +147,10 @@ class Frames:
                 return layout
         machine, generation, seq = segment
         entry = self._store.entry(self._store.state(machine), generation, seq)
-        file = None if entry is None else self._store.pool.row(entry.file)
-        if entry is None or file is None:
+        if entry is None or self._store.pool.row(entry.file) is None:
             raise _gone(segment)
         try:
-            layout = read_layout(self._store.files, self._store.pool.path(entry.file), file, entry)
+            layout = read_layout(self._store.files, self._store.pool.path(entry.file), entry)
         except (StoredDamage, OSError) as error:
             raise self._explained(segment, error) from error
         with self._lock:

@@ -153,8 +153,7 @@ class Layout:
     there are frames."""
 
     header: Header
-    file: int
-    tag: bytes
+    path: Path
     starts: list[int]
     raw: list[bool]
     sums: bytes
@@ -164,7 +163,7 @@ class Layout:
             raise _damaged(self.header, f"its payload frame {frame} does not match its checksum")
 
 
-def read_layout(files: Files, path: Path, file: SegmentFile, entry: Entry) -> Layout:
+def read_layout(files: Files, path: Path, entry: Entry) -> Layout:
     """Raises ``StoredDamage`` and ``OSError``."""
     header = entry.header
     with opened(files, path) as handle:
@@ -178,7 +177,7 @@ def read_layout(files: Files, path: Path, file: SegmentFile, entry: Entry) -> La
     frame_lengths = _unpacked(header, unpack_frames, table)
     lengths = [length & ~FRAME_RAW for length in frame_lengths.tolist()]
     raw = [bool(length & FRAME_RAW) for length in frame_lengths.tolist()]
-    return Layout(header, entry.file, file.tag, list(accumulate(lengths, initial=first)), raw, sums)
+    return Layout(header, path, list(accumulate(lengths, initial=first)), raw, sums)
 
 
 def read_extents(files: Files, path: Path, entry: Entry) -> Extents:

@@ -137,7 +137,9 @@ def merge(runs: list[Run]) -> MemoryRun:
 def count(run: Run, disk: int, start: int, stop: int) -> int:
     """How many entries ``find`` would look at."""
     total = 0
-    for length_class in range(len(CLASSES)):
+    for length_class, entries in enumerate(run.counts):
+        if not entries:
+            continue
         low, high = run.bounds(length_class, *_key_range(length_class, disk, start, stop))
         total += high - low
     return total

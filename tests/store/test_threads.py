@@ -8,7 +8,9 @@ from pathlib import Path
 from threading import Event
 
 from cdp.store import ImageReader, Store, verify
+from cdp.store.base import BaseImage
 from cdp.store.errors import UnknownPosition
+from cdp.store.files import OsFiles
 from journal.position import Position
 from tests.store.source import Source, make
 
@@ -78,3 +80,23 @@ def test_one_reader_may_be_shared_by_threads(store: Store) -> None:
         ranges = [(at, 20_000) for at in range(0, 1_000_000, 9_999)] * 3
         for (at, length), data in zip(ranges, pool.map(lambda r: image.read(0, *r), ranges), strict=True):
             assert data == expected[at : at + length]
+
+
+def test_a_base_image_can_be_read_while_it_is_being_made(tmp_path: Path) -> None:
+    class Reading(OsFiles):
+        """Between the first file of a disk and the second one comes a reader."""
+
+        seen: list[bytes]
+
+        def create_sparse(self, path: Path, size_bytes: int) -> None:
+            super().create_sparse(path, size_bytes)
+            content = memoryview(bytearray(4096))
+            base.read_into(0, 0, content)
+            self.seen.append(bytes(content))
+            assert [hole for _, _, hole in base.extents(0, 0, 1 << 20)] == [True]
+
+    files = Reading()
+    files.seen = []
+    base = BaseImage(files, tmp_path / "base")
+    base.prepare(0, 1 << 20)
+    assert files.seen == [bytes(4096)] * 2

@@ -39,9 +39,9 @@ from journal.errors import CdpError
 STEP_BYTES = layout.RECORD_BYTES * 252
 """About 1 MiB: after so much, space in the ring is given back."""
 MARK_NS_MIN = 10_000_000
-IDLE_S_MAX = 0.1
-BUSY_S = 0.04
-"""Passes cost more than bytes: with an eighth of the ring filled the kernel wakes the drainer before this is over."""
+PASS_S = 0.1
+"""Passes cost more than bytes: with an eighth of the ring filled the kernel wakes the drainer before this is over, and
+whoever needs a mark pokes it."""
 FULL_S = 0.005
 SPARE_CHUNKS = 1
 """Released files kept for reuse: a recycled file costs no page clearing, a kept one costs memory."""
@@ -167,32 +167,24 @@ class Drainer:
         self._stopping = True
 
     def run(self) -> None:
-        wait_s = 0.0
+        urgent = False
         while True:
             stopping = self._stopping
-            moved, full = self.drain(urgent=stopping)
+            full = self.drain(urgent=urgent or stopping)
             if stopping:
                 return
-            if full:
-                wait_s = FULL_S
-            elif moved:
-                wait_s = BUSY_S
-            else:
-                wait_s = min(IDLE_S_MAX, wait_s * 2 or BUSY_S)
             urgent = False
-            for fd, _ in self._events.poll(wait_s):
+            for fd, _ in self._events.poll(FULL_S if full else PASS_S):
                 if fd == self._poke:
                     os.read(self._poke, 4096)
                     urgent = True
-            if urgent:
-                self.drain(urgent=True)
 
-    def drain(self, urgent: bool) -> tuple[int, bool]:
-        """One pass: bytes moved, and whether the spool was full. ``urgent``: publish a mark however recent the last."""
+    def drain(self, *, urgent: bool) -> bool:
+        """One pass; whether the spool was full. ``urgent``: publish a mark however recent the last."""
         ring, spool = self._ring, self._spool
         now = time.monotonic_ns()
         producer = ring.producer
-        begin = position = ring.consumer
+        position = ring.consumer
         full = False
         end = ring.ready(position, producer)
         while position < end:
@@ -214,7 +206,7 @@ class Drainer:
         self._mark(now, producer, position, urgent)
         spool.fields[layout.F_PASS_NS] = now
         spool.tidy()
-        return position - begin, full
+        return full
 
     def _mark(self, now: int, producer: int, position: int, urgent: bool) -> None:
         """A pass that stopped at a busy record or a full spool owes its mark until a later pass gets there."""
