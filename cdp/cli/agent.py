@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from cdp.agent.config import DEFAULT_PATH
+from cdp.cli.bookmarking import note_option, show_added, timeout_option
 from cdp.cli.show import json_option
 from journal import wire
 
@@ -73,14 +74,8 @@ def detach(outer: Path | None, config: Path | None) -> None:
 @agent.command()
 @click.argument("label")
 @click.option("--application", is_flag=True, help="Hold this machine still: run its freeze hooks, freeze, cut, thaw.")
-@click.option("--note", default="", help="For whoever reads the list.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(1, wire.BOOKMARK_WAIT_S_MAX),
-    default=110.0,
-    show_default=True,
-    help="Seconds for preparing, freezing and storing.",
-)
+@note_option
+@timeout_option
 @json_option
 @_CONFIG
 @click.pass_obj
@@ -106,7 +101,6 @@ def bookmark(
     """
     from cdp.agent import main  # noqa: PLC0415
     from cdp.agent.config import load  # noqa: PLC0415
-    from cdp.cli.bookmark import show_added  # noqa: PLC0415
 
     request = wire.BookmarkRequest(name=label, note=note, application=application, wait_s=timeout)
     show_added(main.bookmark(load(config or outer or DEFAULT_PATH), request), as_json)

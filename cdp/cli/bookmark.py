@@ -1,9 +1,10 @@
-"""``cdp bookmark``, and what ``cdp agent bookmark`` shares with it."""
+"""``cdp bookmark``: name recovery points, keep them, forget them."""
 
 from __future__ import annotations
 
 import click
 
+from cdp.cli.bookmarking import note_option, show_added, timeout_option
 from cdp.cli.client import connect, name_in
 from cdp.cli.show import console, json_option, moment, print_json, table
 from cdp.cli.times import Time
@@ -33,14 +34,8 @@ def bookmark() -> None:
 @click.option("--at", type=Time(), default="now", show_default=True, help="A time in the past.")
 @click.option("--application", is_flag=True, help="Hold the machine still: run its freeze hooks, freeze, cut, thaw.")
 @click.option("--hold", is_flag=True, help="Retention stops at it until it is released or removed.")
-@click.option("--note", default="", help="For whoever reads the list.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(1, wire.BOOKMARK_WAIT_S_MAX),
-    default=110.0,
-    show_default=True,
-    help="Seconds for preparing, freezing and storing.",
-)
+@note_option
+@timeout_option
 @json_option
 def add(
     machine: str,
@@ -124,13 +119,3 @@ def hold(machine: str, name: str, release: bool) -> None:
     body = m.BookmarkHold(hold=not release)
     connect().send("PATCH", name_in(m.BOOKMARK, machine, name), body, wire.BookmarkInfo)
     click.echo(f"{name} is {'released' if release else 'held'}.")
-
-
-def show_added(made: wire.BookmarkInfo, as_json: bool) -> None:
-    if as_json:
-        print_json(made)
-        return
-    where = Position.parse(made.position).short
-    click.echo(f"{made.name}: {moment(made.sealed_at_s)}, position {where}, {made.consistency}-consistent")
-    for line in made.hooks.splitlines():
-        click.echo(f"  {line}")

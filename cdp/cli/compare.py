@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
 import click
 
-from cdp.cli.client import Client, connect, name_in
+from cdp.cli import proof
+from cdp.cli.client import connect, name_in
 from cdp.cli.errors import NothingDone, ProofFailed
-from cdp.cli.show import age, console, json_option, moment, print_json, progress, size, table
+from cdp.cli.show import age, console, json_option, moment, print_json, size, table
 from cdp.server import proof_messages as pm
 from journal.position import Position
 
-POLL_S: Final = 0.5
 SHOWN: Final = 20
 
 
@@ -47,7 +46,11 @@ def compare(name: str, *, last: bool, standby: bool | None, reseed: bool, as_jso
         client.raw("POST", name_in(pm.RESEED, name))
         click.echo("the standby compares its disks with the store: see 'cdp status'", err=True)
         return
-    report = client.get(pm.CompareAnswer, path).last if last else _run(client, path, standby)
+    if last:
+        report = client.get(pm.CompareAnswer, path).last
+    else:
+        request = pm.CompareRequest(standby=standby)
+        report = proof.run(client, path, request, pm.CompareAnswer, lambda answer: answer.phase or "comparing").last
     if report is None:
         raise NothingDone(f"{name!r} has not been compared yet.", remedy="Run 'cdp compare' without --last.")
     if as_json:
@@ -57,22 +60,6 @@ def compare(name: str, *, last: bool, standby: bool | None, reseed: bool, as_jso
     if not report.success:
         sentence = report.error or f"{report.differing_bytes} bytes differ."
         raise ProofFailed(sentence, remedy=report.remedy or "Repeat the comparison.")
-
-
-def _run(client: Client, path: str, standby: bool | None) -> pm.CompareReport | None:
-    answer = client.send("POST", path, pm.CompareRequest(standby=standby), pm.CompareAnswer)
-    with progress() as bar:
-        task = bar.add_task("comparing", total=None)
-        while answer.running is not None:
-            bar.update(
-                task,
-                description=answer.phase,
-                total=answer.running.total_bytes,
-                completed=min(answer.running.done_bytes, answer.running.total_bytes),
-            )
-            time.sleep(POLL_S)
-            answer = client.get(pm.CompareAnswer, path)
-    return answer.last
 
 
 def _show(report: pm.CompareReport) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from typing import Final
-
 import click
 
-from cdp.cli.client import Client, connect, name_in
+from cdp.cli import proof
+from cdp.cli.client import connect, name_in
 from cdp.cli.errors import NothingDone, ProofFailed
-from cdp.cli.show import age, console, json_option, moment, print_json, progress, size, table
+from cdp.cli.show import age, console, json_option, moment, print_json, size, table
 from cdp.server import proof_messages as pm
-
-POLL_S: Final = 0.5
 
 
 @click.command()
@@ -38,7 +34,10 @@ def verify(name: str, last: bool, repair: bool, as_json: bool) -> None:
     """
     client = connect()
     path = name_in(pm.VERIFY, name)
-    report = client.get(pm.VerifyAnswer, path).last if last else _run(client, path, repair=repair)
+    if last:
+        report = client.get(pm.VerifyAnswer, path).last
+    else:
+        report = proof.run(client, path, pm.VerifyRequest(repair=repair), pm.VerifyAnswer, lambda _: "verifying").last
     if report is None:
         raise NothingDone(f"{name!r} has not been verified yet.", remedy="Run 'cdp verify' without --last.")
     if as_json:
@@ -47,17 +46,6 @@ def verify(name: str, last: bool, repair: bool, as_json: bool) -> None:
         _show(report)
     if not report.success:
         raise ProofFailed(_sentence(report), remedy=_remedy(report))
-
-
-def _run(client: Client, path: str, *, repair: bool) -> pm.VerifyReport | None:
-    answer = client.send("POST", path, pm.VerifyRequest(repair=repair), pm.VerifyAnswer)
-    with progress() as bar:
-        task = bar.add_task("verifying", total=None)
-        while answer.running is not None:
-            bar.update(task, total=answer.running.total_bytes, completed=answer.running.done_bytes)
-            time.sleep(POLL_S)
-            answer = client.get(pm.VerifyAnswer, path)
-    return answer.last
 
 
 def _show(report: pm.VerifyReport) -> None:

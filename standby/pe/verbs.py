@@ -15,9 +15,9 @@ import msgspec
 from journal.errors import BadRequest, NotInjected
 from journal.position import Position
 from standby.pe.injection import InjectSpec
+from standby.replay.arguments import parsed
 from standby.replay.compare import StandbyComparison
 from standby.replay.follow import Follower
-from standby.replay.ports import T
 from standby.takeover import address
 
 ANNOUNCE_AT_S = (0.0, 1.0, 3.0)
@@ -81,15 +81,15 @@ class Verbs:
         } | ({} if self._comparison is None else self._comparison.verbs())
 
     async def drain(self, raw: dict[str, Any]) -> dict[str, Any]:
-        args = _parsed(raw, DrainArgs)
+        args = parsed(raw, DrainArgs)
         target = None if args.position is None else _position(args.position)
         if self._comparison is not None:
             self._comparison.give_up()
         return {"applied": str(await self._follower.drain(target))}
 
     async def inject(self, raw: dict[str, Any]) -> dict[str, Any]:
-        args = _parsed(raw, InjectArgs)
-        spec = _parsed(args.spec, InjectSpec)
+        args = parsed(raw, InjectArgs)
+        spec = parsed(args.spec, InjectSpec)
         async with self._one_at_a_time:
             if args.takeover not in self._injected:
                 # From here on the disks are not what the cursor says, whatever happens next.
@@ -98,7 +98,7 @@ class Verbs:
             return {"injected": self._injected[args.takeover]}
 
     async def take_address(self, raw: dict[str, Any]) -> dict[str, Any]:
-        args = _parsed(raw, AddressArgs)
+        args = parsed(raw, AddressArgs)
         held = await asyncio.to_thread(address.take, args.addresses, force=args.force)
         # The repetitions must not hold the takeover up; what they lose in a kexec the new kernel announces itself.
         again = asyncio.ensure_future(asyncio.to_thread(address.announce, args.addresses, at_s=ANNOUNCE_AT_S[1:]))
@@ -107,7 +107,7 @@ class Verbs:
         return {"held": sorted(held)}
 
     async def finish_boot(self, raw: dict[str, Any]) -> dict[str, Any]:
-        args = _parsed(raw, _Args)
+        args = parsed(raw, _Args)
         if args.takeover not in self._injected:
             raise NotInjected("Nothing was injected for this takeover.", remedy="Drain and inject first.")
         self.leaving = True
@@ -121,7 +121,7 @@ class Verbs:
             self.leaving = False
 
     async def abort(self, raw: dict[str, Any]) -> dict[str, Any]:
-        _parsed(raw, _Args)
+        parsed(raw, _Args)
         async with self._one_at_a_time:
             self._injected.clear()
             await asyncio.to_thread(self._boot.release)
@@ -129,7 +129,7 @@ class Verbs:
         return {}
 
     async def status(self, raw: dict[str, Any]) -> dict[str, Any]:
-        _parsed(raw, _Args)
+        parsed(raw, _Args)
         now = self._follower.status()
         return {
             "state": now.state,
@@ -142,16 +142,6 @@ class Verbs:
         self._announcing.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             print(f"cdp-pe: the addresses were not announced again: {error}")  # noqa: T201
-
-
-def _parsed(raw: dict[str, Any], kind: type[T]) -> T:
-    try:
-        return msgspec.convert(raw, kind)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise BadRequest(
-            f"The arguments of a call make no sense: {error}.",
-            remedy="Server and standby have different versions: build the PE again with 'cdp pe build'.",
-        ) from error
 
 
 def _position(text: str) -> Position:

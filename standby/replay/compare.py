@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -20,6 +20,7 @@ from journal.errors import BadRequest, CdpError
 from journal.position import Position
 from journal.wire import Progress
 from standby.replay.apply import target_failed
+from standby.replay.arguments import parsed
 from standby.replay.follow import Follower
 from standby.replay.ports import Clock, Disk, Offload
 
@@ -48,9 +49,6 @@ class _Args(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class CompareArgs(_Args):
     position: str
-
-
-_ArgsT = TypeVar("_ArgsT", bound=msgspec.Struct)
 
 
 class StandbyComparison:
@@ -87,7 +85,7 @@ class StandbyComparison:
 
     async def hold(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Stop at the newest recovery point. Raises ``DrainRefused``, ``ComparisonInterrupted``."""
-        args = _parsed(raw, _Args)
+        args = parsed(raw, _Args)
         if not self._held and self._follower.status().state in ("draining", "drained"):
             raise self._interrupted()  # a takeover was first
         self._extend(args.comparison)
@@ -96,7 +94,7 @@ class StandbyComparison:
     async def compare(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Go on to exactly ``position``, compare there, and follow again. ``hold`` comes first; raises
         ``ComparisonInterrupted`` if the hold has ended meanwhile."""
-        args = _parsed(raw, CompareArgs)
+        args = parsed(raw, CompareArgs)
         if self._held != args.comparison:
             raise self._interrupted()
         self._extend(args.comparison)
@@ -120,7 +118,7 @@ class StandbyComparison:
         }
 
     async def release(self, raw: dict[str, Any]) -> dict[str, Any]:
-        self._release(_parsed(raw, _Args).comparison)
+        self._release(parsed(raw, _Args).comparison)
         return {}
 
     async def watch(self) -> None:
@@ -181,13 +179,3 @@ def _told(raw: bytes | bytearray, position: Position) -> Comparison:
     except ValueError as error:
         raise BadRequest(f"What the source told cannot be read: {error}.", remedy="Repeat the comparison.") from error
     return proof
-
-
-def _parsed(raw: dict[str, Any], kind: type[_ArgsT]) -> _ArgsT:
-    try:
-        return msgspec.convert(raw, kind)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise BadRequest(
-            f"The arguments of a call make no sense: {error}.",
-            remedy="Server and standby have different versions: build the PE again with 'cdp pe build'.",
-        ) from error

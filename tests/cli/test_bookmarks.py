@@ -8,27 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_end_to_end import BLOCK, Source
-from tests.harness.site import Site
-from tests.harness.wait import wait_until
+from tests.cli.source import BLOCK, Source
+from tests.harness.site import Site, running_site
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    site.initialise()
-    site.start()
-    try:
+    with running_site(tmp_path) as site:
         yield site
-    finally:
-        site.stop()
 
 
 def test_a_second_gets_a_name_and_is_found_by_it(site: Site, tmp_path: Path) -> None:
     source = Source(site, "db1")
-    source.tell_disks()
-    wait_until(lambda: site.json("status", "db1")["disks"], 10, "the disks")
-    site.cdp("protect", "db1")
+    source.protect()
     start = time.time() - 20
     for second in range(5):
         source.write(start + second, {0: bytes([second + 1]) * BLOCK})

@@ -17,31 +17,22 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_end_to_end import BLOCK, DISK_BYTES, Source
-from tests.harness.site import Site
-from tests.harness.wait import wait_until
+from tests.cli.source import BLOCK, DISK_BYTES, Source
+from tests.harness.site import Site, running_site
 
 SECONDS = 30
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    site = Site(tmp_path_factory.mktemp("site"))
-    site.initialise()
-    site.start()
-    try:
+    with running_site(tmp_path_factory.mktemp("site")) as site:
         yield site
-    finally:
-        if site.process is not None and site.process.poll() is None:
-            site.stop()
 
 
 @pytest.fixture(scope="module")
 def source(site: Site) -> Source:
     source = Source(site, "db1")
-    source.tell_disks()
-    wait_until(lambda: site.json("status", "db1")["disks"], 10, "the disks")
-    site.cdp("protect", "db1")
+    source.protect()
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     rng = random.Random(seed)

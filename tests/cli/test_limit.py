@@ -7,20 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.site import Site
+from tests.harness.site import Site, running_site
 
 WINDOW = ("--during", "mon-sun 00:00-24:00", "--time-zone", "Europe/Berlin")
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    site.initialise()
-    site.start()
-    try:
+    with running_site(tmp_path) as site:
         yield site
-    finally:
-        site.stop()
 
 
 def test_limits_are_set_shown_and_removed(site: Site) -> None:

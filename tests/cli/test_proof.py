@@ -10,9 +10,8 @@ import pytest
 
 from cdp.store.record import ALIGN_BYTES, MAGIC, RECORD_HEADER_BYTES
 from journal.segment import HEADER_BYTES
-from tests.cli.test_end_to_end import BLOCK, Source
-from tests.harness.site import Site
-from tests.harness.wait import wait_until
+from tests.cli.source import BLOCK, Source
+from tests.harness.site import Site, running_site
 from tests.store.test_damage import flip
 
 SECONDS = 6
@@ -20,19 +19,13 @@ SECONDS = 6
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    site.initialise()
-    site.start()
-    yield site
-    if site.process is not None and site.process.poll() is None:
-        site.stop()
+    with running_site(tmp_path) as site:
+        yield site
 
 
 def test_from_a_clean_store_over_a_flipped_byte_to_a_restore(site: Site, tmp_path: Path) -> None:
     source = Source(site, "db1")
-    source.tell_disks()
-    wait_until(lambda: site.json("status", "db1")["disks"], 10, "the disks")
-    site.cdp("protect", "db1")
+    source.protect()
     start = time.time() - 60
     for second in range(SECONDS):
         source.write(start + second, {BLOCK * second: bytes([second + 1]) * BLOCK})

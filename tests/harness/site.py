@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,16 @@ class Site:
 
     def json(self, *words: str) -> Any:
         return json.loads(self.cdp(*words, "--json").stdout)
+
+
+@contextmanager
+def running_site(directory: Path) -> Iterator[Site]:
+    """With everything in ``directory``; stopped at the end, unless the test has done that."""
+    site = Site(directory)
+    site.initialise()
+    site.start()
+    try:
+        yield site
+    finally:
+        if site.process is not None and site.process.poll() is None:
+            site.stop()
