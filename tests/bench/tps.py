@@ -3,12 +3,13 @@
 Two equal clusters, one on a protected loop disk, one on a bare one. A round is A B B A, the next one B A A B, and its
 ratio that of the geometric means, so that neither drift of the machine nor what the run before has left to be written
 favours one of them. A virtual machine's processors and disk vary by a tenth from run to run: the standard error is
-printed with the ratios. Keys: ``tps_ratio`` with both on this host's disk, where a commit waits for it, as a
-database's does; ``tps_ratio_memory`` with both in memory, the worst case: nothing waits, and every cycle of the agent
-is taken from the database. The agent works as always. In reality server and standby are other machines: the server lies
-in memory and works only when the processors are idle; there is no standby, because the kernel writes its disks with
-the priority of everything else (on two processors that alone took a tenth of the transactions), and nothing on the
-source depends on it.
+printed with the ratios. Keys: ``tps_ratio`` with both on this host's disk, where a commit waits for it, as a database's
+does, and more clients than processors, which keep those busy; ``tps_ratio_one_client`` the same with one, which leaves
+them time; ``tps_ratio_memory`` with both in memory, the worst case: nothing waits, and every cycle of the agent is
+taken from the database. The agent works as always. In reality server and standby are other machines: the server lies in
+memory and works only when the processors are idle; there is no standby, because the kernel writes its disks with the
+priority of everything else (on two processors that alone took a tenth of the transactions), and nothing on the source
+depends on it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.idle import only_when_idle
@@ -26,24 +28,36 @@ from tests.harness.plant import Plant
 from tests.harness.postgres import PostgresInstance
 from tests.harness.process import run
 
-ROUNDS = {"tps_ratio": 24, "tps_ratio_memory": 8}
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    rounds: int
+    clients: int
+    in_memory: bool = False
+
+
+VARIANTS = {
+    "tps_ratio": Variant(24, 4),
+    "tps_ratio_one_client": Variant(8, 1),
+    "tps_ratio_memory": Variant(8, 4, in_memory=True),
+}
 SECONDS = 3
 """Short, so that the runs of a round meet the same host: many short ones tell more than few long ones."""
 WARM_UP_S = 5
 SCALE = 10
-CLIENTS = 4
 DISK_BYTES = 1 << 30
 
 
 def measure() -> dict[str, float]:
     figures: dict[str, float] = {}
-    for key, directory in (
-        ("tps_ratio", Path(tempfile.mkdtemp(prefix="cdp-tps-", dir="/var/tmp"))),
-        ("tps_ratio_memory", scratch_dir("cdp-tps-")),
-    ):
+    for key, variant in VARIANTS.items():
+        if variant.in_memory:
+            directory = scratch_dir("cdp-tps-")
+        else:
+            directory = Path(tempfile.mkdtemp(prefix="cdp-tps-", dir="/var/tmp"))
         print(f"-- {key}", flush=True)
         try:
-            ratios, lost = _rounds(directory, ROUNDS[key])
+            ratios, lost = _rounds(directory, variant)
         finally:
             shutil.rmtree(directory)
         error = statistics.stdev(ratios) / len(ratios) ** 0.5
@@ -53,7 +67,7 @@ def measure() -> dict[str, float]:
     return figures
 
 
-def _rounds(directory: Path, rounds: int) -> tuple[list[float], int]:
+def _rounds(directory: Path, variant: Variant) -> tuple[list[float], int]:
     """The ratios, and how many events the capture lost."""
     with Plant(sizes=(DISK_BYTES,), disk_dir=directory) as plant:
         bare = LoopDisk(directory / "bare.img", DISK_BYTES)
@@ -79,10 +93,12 @@ def _rounds(directory: Path, rounds: int) -> tuple[list[float], int]:
                 # Checkpoints come as configured from here on. One before each run would make every run that of the
                 # seconds after a checkpoint, in which PostgreSQL writes whole pages into its log.
                 database.psql("CHECKPOINT")
-                _pgbench(database, WARM_UP_S)
-            for turn in range(rounds):
+                _pgbench(database, variant.clients, WARM_UP_S)
+            for turn in range(variant.rounds):
                 order = ("bare", "protected") if turn % 2 else ("protected", "bare")
-                runs = [(name, _pgbench(databases[name], SECONDS)) for name in (*order, *reversed(order))]
+                runs = [
+                    (name, _pgbench(databases[name], variant.clients, SECONDS)) for name in (*order, *reversed(order))
+                ]
                 tps = {name: [tps for of, tps in runs if of == name] for name in order}
                 ratios.append(statistics.geometric_mean(tps["protected"]) / statistics.geometric_mean(tps["bare"]))
                 print(
@@ -100,8 +116,8 @@ def _rounds(directory: Path, rounds: int) -> tuple[list[float], int]:
                 bare.close()
 
 
-def _pgbench(database: PostgresInstance, seconds: int) -> float:
-    argv = [*database.client("pgbench"), "-n", "-c", str(CLIENTS), "-j", "2", "-T", str(seconds)]
+def _pgbench(database: PostgresInstance, clients: int, seconds: int) -> float:
+    argv = [*database.client("pgbench"), "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds)]
     found = re.search(r"tps = ([0-9.]+)", run(argv, deadline_s=seconds + 60))
     assert found is not None
     return float(found[1])
