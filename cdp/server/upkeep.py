@@ -4,7 +4,7 @@
       each machine: policy ─► one step of ``Store.retain`` ─► what came of it, for status and metrics
 
 A step holds no lock that ingest waits for longer than one commit of the index; between its batches it leaves the disk
-to ingest for as long as the batch took, and a quarter of that when the journal is well past its limits.
+to ingest for as long as the batch took, the less the further the journal is past its limits.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ SLACK_SHARE: Final = 48
 SLACK_S_MAX: Final = 900.0
 """So much more than ``keep_s`` is let run up before it is folded in one go: what is written again and again in that
 time is folded once. Half an hour of a day would be a 48th; a quarter of an hour is enough."""
-_BEHIND: Final = 1.25
-"""Past its limit by so much, a journal is folded with less regard for ingest."""
+_BEHIND: Final = 1.125
+"""Past its limit by so much, a journal is folded without regard for ingest; on the way there with less and less."""
 _WAIT_SHARE: Final = 1.0
-_WAIT_SHARE_BEHIND: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ class Upkeep:
                 keep_bytes=limits.keep_bytes,
                 now_ns=int(self._clock() * 1e9),
                 past=(STANDBY,) if policy.past_standby else (),
-                pause=self._behind if limits.is_behind else self._considerate,
+                pause=lambda took_s: self._stopping.wait(took_s * limits.wait_share),
             )
         except UnknownMachine:
             return False  # it was removed meanwhile
@@ -157,32 +156,28 @@ class Upkeep:
         )
         return done.more
 
-    def _considerate(self, took_s: float) -> bool:
-        return self._stopping.wait(took_s * _WAIT_SHARE)
-
-    def _behind(self, took_s: float) -> bool:
-        return self._stopping.wait(took_s * _WAIT_SHARE_BEHIND)
-
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
+    """``wait_share``: of the time that a batch of folding took."""
+
     keep_ns: int | None
     keep_bytes: int | None
-    is_behind: bool
+    wait_share: float
 
 
 def _exceeded(policy: RetentionPolicy, usage: Usage, now_s: float) -> _Limits | None:
     """What ``retain`` is to be asked for; None: nothing, the journal is within its limits."""
     keep_ns = keep_bytes = None
-    is_behind = False
+    behind = 0.0
     if policy.keep_s is not None and usage.oldest_ns is not None:
         age_s = now_s - usage.oldest_ns / 1e9
         if age_s > policy.keep_s + min(policy.keep_s / SLACK_SHARE, SLACK_S_MAX):
             keep_ns = int(policy.keep_s * 1e9)
-            is_behind = age_s > policy.keep_s * _BEHIND
+            behind = age_s / policy.keep_s
     if policy.max_bytes is not None and usage.file_bytes > policy.max_bytes:
         keep_bytes = policy.max_bytes
-        is_behind = is_behind or usage.file_bytes > policy.max_bytes * _BEHIND
+        behind = max(behind, usage.file_bytes / policy.max_bytes)
     if keep_ns is None and keep_bytes is None:
         return None
-    return _Limits(keep_ns, keep_bytes, is_behind)
+    return _Limits(keep_ns, keep_bytes, _WAIT_SHARE * max(0.0, min(1.0, (_BEHIND - behind) / (_BEHIND - 1))))

@@ -11,6 +11,7 @@ syncs the slots of a batch before the batch itself:
                                    match the second sum, for all else in it is unchanged
     chunks written, not committed  chunks match their second sum; folding again changes nothing
 
+A chunk that is written as a whole is not looked at before: whatever a crash left of it is replaced.
 A sum of 0 stands for a chunk of zeros, which is a hole.
 """
 
@@ -32,9 +33,12 @@ from cdp.store.files import Buffer, Files, opened
 from cdp.store.slots import SLOT_BYTES
 
 CHUNK_BYTES: Final = 64 << 10
-BATCH_CHUNKS: Final = 256
-"""16 MiB: what a fold holds in memory, and how long it keeps readers of the base image waiting."""
+BATCH_CHUNKS: Final = 128
+"""8 MiB: what a fold holds in memory, how long it keeps readers of the base image waiting, and, where the file system
+orders its own log after the data, what a sync of ingest may have to wait for."""
 _SLOTS_READ: Final = 1 << 16
+_SLOTS_GAP_MAX: Final = 128
+"""A page of slots: reading past it costs less than another read."""
 
 
 class BaseImage:
@@ -110,39 +114,45 @@ class BaseImage:
         """Lay ``(offset, length, content)`` rows, ascending, over one batch; None: zeros. All rows together touch at
         most ``BATCH_CHUNKS`` chunks. Durable only after ``sync``. Raises ``StoredDamage`` and ``OSError``."""
         rows = list(rows)
+        if not rows:
+            return
         numbers = sorted({n for at, size, _ in rows for n in range(at // CHUNK_BYTES, -(-(at + size) // CHUNK_BYTES))})
         with (
             self._lock,
             opened(self._files, self._image(disk), write=True) as image,
             opened(self._files, self._slots(disk), write=True) as table,
         ):
+            # A chunk that is written as a whole is not looked at: after a fold that was committed it matches its second
+            # sum, and what is left of one that was not is replaced. That is also how a resync repairs what rotted.
             whole = _covered(rows, numbers)
-            slots = [self._slot_to_fold(disk, table, number, number in whole) for number in numbers]
-            chunks = {
-                number: bytearray(
-                    self._files.read(image, CHUNK_BYTES, number * CHUNK_BYTES) if any(slot) else CHUNK_BYTES
-                )
-                for number, slot in zip(numbers, slots, strict=True)
+            slots = self._slots_to_fold(disk, table, numbers, whole)
+            chunks: dict[int, bytearray | memoryview] = {
+                number: self._chunk(image, number, slots[number]) for number in numbers if number not in whole
             }
-            before = {number: chunk_sum(chunk) for number, chunk in chunks.items()}
+            there = {number: chunk_sum(chunk) for number, chunk in chunks.items()}
             for at, size, content in rows:
                 _lay_over(chunks, at, size, content)
-            changed: list[int] = []
-            for number, (first, second) in zip(numbers, slots, strict=True):
-                old, new = before[number], chunk_sum(chunks[number])
-                # What rotted does not matter where all of it is written anew: that is how a resync repairs it.
-                if old not in (first, second) and new != second and number not in whole:
+            sums = {number: chunk_sum(chunks[number]) for number in numbers}
+            changed: dict[int, tuple[int, int]] = {}
+            for number, new in sums.items():
+                first, second, is_good = slots[number]
+                old = there.get(number, second)
+                if old not in (first, second) and new != second:
                     raise self._damaged(disk, number)
-                if old != new or number in whole:
-                    known = old if old in (first, second) else first
-                    self._files.write(table, [slots_.pack(number, known, new)], number * SLOT_BYTES)
-                    changed.append(number)
+                if old != new or not is_good:
+                    changed[number] = (old if old in (first, second) else first, new)
+            for number, packed in slots_.pack(changed):
+                self._files.write(table, [packed], number * SLOT_BYTES)
             self._files.sync(table)
-            for number in changed:
-                if chunk_sum(chunks[number]):
+            for number in sorted(whole | changed.keys()):
+                if sums[number]:
                     self._files.write(image, [chunks[number]], number * CHUNK_BYTES)
                 else:
                     self._files.punch(image, CHUNK_BYTES, number * CHUNK_BYTES)
+
+    def _chunk(self, image: int, number: int, slot: tuple[int, int, bool]) -> bytearray:
+        there = self._files.read(image, CHUNK_BYTES, number * CHUNK_BYTES) if any(slot[:2]) else b""
+        return bytearray(there.ljust(CHUNK_BYTES, b"\0"))
 
     def sync(self, disk: int) -> None:
         with opened(self._files, self._image(disk), write=True) as image:
@@ -174,12 +184,23 @@ class BaseImage:
             raise self._damaged(disk, first + int(np.argmin(good)))
         return sums
 
-    def _slot_to_fold(self, disk: int, table: int, number: int, whole: bool) -> list[int]:
-        sums, good = slots_.unpack(self._raw_slots(table, number, 1), number)
-        if not good[0] and not whole:
-            raise self._damaged(disk, number)
-        slot: list[int] = sums[0].tolist()
-        return slot
+    def _slots_to_fold(
+        self, disk: int, table: int, numbers: list[int], whole: set[int]
+    ) -> dict[int, tuple[int, int, bool]]:
+        """Both sums of each chunk, and whether its slot is good. Raises ``StoredDamage`` for a bad slot of a chunk of
+        which something is to stay."""
+        found: dict[int, tuple[int, int, bool]] = {}
+        for first, last in _runs(numbers):
+            sums, good = slots_.unpack(self._raw_slots(table, first, last + 1 - first), first)
+            for number in numbers[len(found) :]:
+                if number > last:
+                    break
+                is_good = bool(good[number - first])
+                if not is_good and number not in whole:
+                    raise self._damaged(disk, number)
+                before, after = sums[number - first].tolist()
+                found[number] = (before, after, is_good)
+        return found
 
     def _raw_slots(self, table: int, first: int, count: int) -> bytes:
         raw = self._files.read(table, count * SLOT_BYTES, first * SLOT_BYTES)
@@ -211,13 +232,29 @@ def chunk_sum(chunk: Buffer) -> int:
     return int.from_bytes(blake3(chunk).digest(8), "little") or 1
 
 
-def _lay_over(chunks: dict[int, bytearray], at: int, size: int, content: memoryview | None) -> None:
+def _lay_over(chunks: dict[int, bytearray | memoryview], at: int, size: int, content: memoryview | None) -> None:
+    """A chunk that is not in ``chunks`` is all the row's, or that of several rows."""
     done = 0
     while done < size:
         number, skip = divmod(at + done, CHUNK_BYTES)
         take = min(CHUNK_BYTES - skip, size - done)
-        chunks[number][skip : skip + take] = bytes(take) if content is None else content[done : done + take]
+        if take == CHUNK_BYTES and content is not None:
+            chunks[number] = content[done : done + take]
+        else:
+            chunk = chunks.setdefault(number, bytearray(CHUNK_BYTES))
+            chunk[skip : skip + take] = bytes(take) if content is None else content[done : done + take]
         done += take
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each group of ascending numbers whose slots are worth one read."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number - last > _SLOTS_GAP_MAX:
+            yield first, last
+            first = number
+        last = number
+    yield first, last
 
 
 def _covered(rows: list[tuple[int, int, memoryview | None]], numbers: list[int]) -> set[int]:

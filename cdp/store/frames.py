@@ -31,64 +31,114 @@ class SegmentGone(UnknownPosition):
     code = "segment-gone"
 
 
+class _Last:
+    """The frame that a thread has expanded last, and how much of it was asked for since."""
+
+    __slots__ = ("content", "key", "used_bytes")
+
+    def __init__(self, key: tuple[_Key, int], content: bytes) -> None:
+        self.key = key
+        self.content = content
+        self.used_bytes = 0
+
+
+class _OfThread(threading.local):
+    """What serves one thread only."""
+
+    def __init__(self) -> None:
+        self.decompressor = zstandard.ZstdDecompressor()
+        self.last: _Last | None = None
+
+
 class Frames:
-    """Thread-safe."""
+    """Thread-safe.
+
+    What is kept: of each thread the last frame that was wanted in part, for the next part is often wanted next; and of
+    all together those of which little was wanted, for somebody else may want the rest. A frame most of which has been
+    handed out is not asked for again: kept, such frames drove out the others wherever a whole disk is read.
+    """
 
     def __init__(self, store: Ledger) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._layouts: OrderedDict[_Key, Layout] = OrderedDict()
         self._frames: OrderedDict[tuple[_Key, int], bytes] = OrderedDict()
-        self._local = threading.local()
+        self._local = _OfThread()
 
     def read_into(self, out: memoryview, segment: _Key, offset: int) -> None:
         """Fill ``out`` with the payload of ``segment`` (machine, generation, seq) from ``offset`` on.
 
         Raises ``SegmentGone``, ``StoredDamage``, ``StoreFailed``.
         """
-        frame, skip = divmod(offset, FRAME_BYTES)
         done = 0
         while done < len(out):
-            content = self._cached(segment, frame)
-            if content is None and skip == 0 and len(out) - done >= FRAME_BYTES:
-                # Whole frames go to their place at once: who reads so much does not come back for it.
-                expanded = self._expand_into(out[done:], segment, frame)
-                done += expanded * FRAME_BYTES
-                frame += expanded
-                if expanded:
-                    continue
+            frame, skip = divmod(offset + done, FRAME_BYTES)
+            content = self._known((segment, frame))
             if content is None:
-                content = self._load(segment, frame, -(-(skip + len(out) - done) // FRAME_BYTES))
-            take = min(len(content) - skip, len(out) - done)
-            out[done : done + take] = memoryview(content)[skip : skip + take]
-            done += take
-            frame, skip = frame + 1, 0
+                done += self._expand_into(out[done:], segment, frame, skip)
+            else:
+                done += self._part(out[done:], content, skip)
 
-    def _expand_into(self, out: memoryview, segment: _Key, frame: int) -> int:
-        """Fill ``out`` with as many whole frames as fit, from ``frame`` on; returns how many there were."""
+    def _expand_into(self, out: memoryview, segment: _Key, frame: int, skip: int) -> int:
+        """Fill ``out`` from byte ``skip`` of ``frame`` on, as far as one look at the disk goes; the bytes filled."""
         layout = self._layout(segment)
-        # The payload's last frame may be a shorter one.
-        last = min(frame + len(out) // FRAME_BYTES, layout.header.payload_bytes // FRAME_BYTES)
-        if last <= frame:
-            return 0
+        last = min(frame - (-(skip + len(out)) // FRAME_BYTES), len(layout.starts) - 1)
         last = _bounded(layout, frame, last)
+        done = 0
         try:
             stored, first = self._stored(layout, frame, last), layout.starts[frame]
             for number in range(frame, last):
                 piece = stored[layout.starts[number] - first : layout.starts[number + 1] - first]
-                target = out[(number - frame) * FRAME_BYTES : (number - frame + 1) * FRAME_BYTES]
                 layout.check_frame(number, piece)
-                if layout.raw[number]:
-                    target[:] = piece
-                else:
-                    self._expand(piece, target)
+                size = min(FRAME_BYTES, layout.header.payload_bytes - number * FRAME_BYTES)
+                if skip == 0 and len(out) - done >= size:
+                    # Whole frames go to their place at once.
+                    target = out[done : done + size]
+                    if layout.raw[number]:
+                        target[:] = piece
+                    else:
+                        self._expand(piece, target)
+                    done += size
+                    continue
+                content = bytes(piece) if layout.raw[number] else self._expanded(piece, size)
+                self._keep((segment, number), content)
+                done += self._part(out[done:], content, skip)
+                skip = 0
         except (StoredDamage, OSError) as error:
             raise self._explained(segment, error) from error
-        return last - frame
+        return done
+
+    def _part(self, out: memoryview, content: bytes, skip: int) -> int:
+        take = min(len(content) - skip, len(out))
+        out[:take] = memoryview(content)[skip : skip + take]
+        last = self._local.last
+        if last is not None and last.content is content:
+            last.used_bytes += take
+        return take
+
+    def _known(self, key: tuple[_Key, int]) -> bytes | None:
+        last = self._local.last
+        if last is not None and last.key == key:
+            return last.content
+        with self._lock:
+            content = self._frames.get(key)
+            if content is not None:
+                self._frames.move_to_end(key)
+            return content
+
+    def _keep(self, key: tuple[_Key, int], content: bytes) -> None:
+        """``content`` is this thread's last frame now; the one before it is everybody's, or nobody's."""
+        before, self._local.last = self._local.last, _Last(key, content)
+        if before is None or before.used_bytes >= len(before.content) // 2:
+            return
+        with self._lock:
+            self._frames[before.key] = before.content
+            while len(self._frames) > CACHE_FRAMES:
+                self._frames.popitem(last=False)
 
     def _expand(self, piece: memoryview, target: memoryview) -> None:
         try:
-            expand_into(self._decompressor(), piece, target)
+            expand_into(self._local.decompressor, piece, target)
         except SegmentDamaged as error:
             raise StoredDamage(error.sentence, remedy=error.remedy) from error
 
@@ -98,46 +148,11 @@ class Frames:
             length = layout.starts[last] - layout.starts[frame]
             return memoryview(self._store.files.read(handle, length, layout.starts[frame]))
 
-    def _decompressor(self) -> zstandard.ZstdDecompressor:
-        """One for each thread: they serve one only."""
-        known: zstandard.ZstdDecompressor | None = getattr(self._local, "decompressor", None)
-        if known is None:
-            known = self._local.decompressor = zstandard.ZstdDecompressor()
-        return known
-
-    def _load(self, segment: _Key, frame: int, count: int) -> bytes:
-        """Read ``count`` frames at most, from ``frame`` on, into the cache; returns the first."""
-        layout = self._layout(segment)
-        last = _bounded(layout, frame, min(frame + count, len(layout.starts) - 1))
+    def _expanded(self, piece: memoryview, size: int) -> bytes:
         try:
-            stored = self._stored(layout, frame, last)
-            contents = [self._content(layout, number, stored, layout.starts[frame]) for number in range(frame, last)]
-        except (StoredDamage, OSError) as error:
-            raise self._explained(segment, error) from error
-        with self._lock:
-            for number, content in enumerate(contents, frame):
-                self._frames[segment, number] = content
-            while len(self._frames) > CACHE_FRAMES:
-                self._frames.popitem(last=False)
-        return contents[0]
-
-    def _content(self, layout: Layout, frame: int, stored: memoryview, start: int) -> bytes:
-        piece = stored[layout.starts[frame] - start : layout.starts[frame + 1] - start]
-        layout.check_frame(frame, piece)
-        want = min(FRAME_BYTES, layout.header.payload_bytes - frame * FRAME_BYTES)
-        if layout.raw[frame]:
-            return bytes(piece)
-        try:
-            return expand(self._decompressor(), piece, want)
+            return expand(self._local.decompressor, piece, size)
         except SegmentDamaged as error:
             raise StoredDamage(error.sentence, remedy=error.remedy) from error
-
-    def _cached(self, segment: _Key, frame: int) -> bytes | None:
-        with self._lock:
-            content = self._frames.get((segment, frame))
-            if content is not None:
-                self._frames.move_to_end((segment, frame))
-            return content
 
     def _layout(self, segment: _Key) -> Layout:
         with self._lock:

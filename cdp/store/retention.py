@@ -257,7 +257,7 @@ class Retention(Imaging):
                 )
                 if row[2] != BASE
             )
-            for batch in _batches(rows):
+            for batch in batches(rows):
                 began = time.monotonic()
                 self._fold_batch(image, machine, disk.index, batch)
                 # At once: a sync of everything at the end would keep the syncs of ingest waiting.
@@ -319,22 +319,26 @@ class Retention(Imaging):
         return len(gone)
 
 
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    """Cut ascending rows into batches that touch at most ``BATCH_CHUNKS`` chunks each, whole chunks only."""
+def batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Cut ascending rows into batches that touch at most ``BATCH_CHUNKS`` chunks each, whole chunks only. What lies
+    between does not count: each batch costs two syncs, and writes all over a large disk are the usual case."""
     batch: list[_Row] = []
-    stop = 0
+    last, left = -1, BATCH_CHUNKS
     for offset, length, *rest in rows:
         done = 0
         while done < length:
-            if offset + done >= stop:
-                if batch:
-                    yield batch
-                    batch = []
-                stop = ((offset + done) // CHUNK_BYTES + BATCH_CHUNKS) * CHUNK_BYTES
-            take = min(length - done, stop - offset - done)
+            first = (offset + done) // CHUNK_BYTES
+            if first > last and not left:
+                yield batch
+                batch, left = [], BATCH_CHUNKS
+            furthest = max(last, first - 1) + left
+            take = min(length - done, (furthest + 1) * CHUNK_BYTES - offset - done)
             kind, generation, seq, payload_offset = rest
             batch.append((offset + done, take, kind, generation, seq, payload_offset + done))
             done += take
+            touched = (offset + done - 1) // CHUNK_BYTES
+            left -= touched - max(last, first - 1)
+            last = touched
     if batch:
         yield batch
 

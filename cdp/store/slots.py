@@ -13,6 +13,7 @@ Stores of format 1 have ``N.sums`` instead, 16 bytes a chunk without a check: ``
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -31,9 +32,14 @@ U64 = npt.NDArray[np.uint64]
 Bits = npt.NDArray[np.bool_]
 
 
-def pack(number: int, before: int, after: int) -> bytes:
-    """The slot of one chunk."""
-    return _packed(number, np.array([[before, after]], np.uint64))
+def pack(slots: Mapping[int, tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+    """``{chunk: (before, after)}``, ascending -> the first chunk and the slots of each run of neighbours."""
+    numbers = np.fromiter(slots, np.uint64, len(slots))
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    sums = np.array(list(slots.values()), np.uint64).reshape(-1, 2)
+    for run, of_run in zip(np.split(numbers, cuts), np.split(sums, cuts), strict=True):
+        if len(run):
+            yield int(run[0]), _packed(int(run[0]), of_run)
 
 
 def unpack(raw: bytes, first: int) -> tuple[U64, Bits]:
