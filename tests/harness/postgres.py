@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.harness.mounts import MountNamespace
@@ -12,6 +13,16 @@ from tests.harness.process import Program, run
 
 DATABASE = "postgres"
 USER = "postgres"
+SMALL: Mapping[str, str] = {
+    "shared_buffers": "32MB",
+    "max_wal_size": "96MB",
+    "checkpoint_timeout": "30s",
+    "max_connections": "20",
+    "autovacuum_naptime": "5s",
+}
+"""For disks of some hundred MB: under load a checkpoint a second, so that every kind of write is always under way."""
+AS_SHIPPED: Mapping[str, str] = {}
+"""What PostgreSQL does where nobody configured it; a log of up to 1 GB."""
 
 
 def binaries() -> Path:
@@ -28,7 +39,15 @@ class PostgresInstance:
     """
 
     def __init__(
-        self, name: str, namespace: MountNamespace, data: Path, wal: Path, work_dir: Path, log_dir: Path
+        self,
+        name: str,
+        namespace: MountNamespace,
+        data: Path,
+        wal: Path,
+        work_dir: Path,
+        log_dir: Path,
+        *,
+        settings: Mapping[str, str] = SMALL,
     ) -> None:
         self._namespace = namespace
         self._data = data / "cluster"
@@ -41,16 +60,8 @@ class PostgresInstance:
             # Changing the user clears the death signal that the program was started with.
             *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--pdeathsig", "KILL"),
         ]
-        settings = {
-            "listen_addresses": "",
-            "unix_socket_directories": str(self.sockets),
-            "shared_buffers": "32MB",
-            "max_wal_size": "96MB",
-            "checkpoint_timeout": "30s",
-            "max_connections": "20",
-            "autovacuum_naptime": "5s",
-        }
-        options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        private = {"listen_addresses": "", "unix_socket_directories": str(self.sockets)}
+        options = [word for key, value in {**private, **settings}.items() for word in ("-c", f"{key}={value}")]
         self._server = Program(
             name,
             [*self._as_user, str(binaries() / "postgres"), "-D", str(self._data), *options],
