@@ -13,7 +13,7 @@ import time
 
 from journal.position import Position
 from tests.bench.account import Meter
-from tests.bench.idle import only_when_idle
+from tests.bench.priority import only_when_idle
 from tests.bench.writer import write
 from tests.harness.observed import CONSUMER
 from tests.harness.plant import Plant

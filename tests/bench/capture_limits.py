@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.bench.idle import only_when_idle
+from tests.bench.priority import only_when_idle
 from tests.bench.writer import write
 from tests.harness.plant import Plant
 

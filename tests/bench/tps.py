@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.idle import only_when_idle
+from tests.bench.priority import as_its_unit_says, only_when_idle
 from tests.harness import filesystem
 from tests.harness.loop import LoopDisk, scratch_dir
 from tests.harness.plant import Plant
@@ -102,6 +102,7 @@ def _rounds(directory: Path, variant: Variant, places: Sequence[str]) -> tuple[l
             plant.start_agent()
             plant.protect()
             plant.wait_recovery_point(180)
+            as_its_unit_says(plant.agent.pid)
             only_when_idle(plant.server.pid)
             ratios = []
             for database in databases.values():
