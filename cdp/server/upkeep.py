@@ -34,7 +34,7 @@ SLACK_SHARE: Final = 48
 SLACK_S_MAX: Final = 900.0
 """So much more than ``keep_s`` is let run up before it is folded in one go: what is written again and again in that
 time is folded once. Half an hour of a day would be a 48th; a quarter of an hour is enough."""
-_BEHIND: Final = 1.125
+BEHIND: Final = 1.125
 """Past its limit by so much, a journal is folded without regard for ingest; on the way there with less and less."""
 _WAIT_SHARE: Final = 1.0
 
@@ -125,7 +125,7 @@ class Upkeep:
         before = self.kept(machine)
         try:
             usage = self._store.usage(machine)
-            limits = _exceeded(policy, usage, self._clock())
+            limits = exceeded(policy, usage, self._clock())
             if limits is None:
                 self._kept[machine] = replace(before, folding=False, held_by=None, error=None)
                 return False
@@ -158,7 +158,7 @@ class Upkeep:
 
 
 @dataclass(frozen=True, slots=True)
-class _Limits:
+class Limits:
     """``wait_share``: of the time that a batch of folding took."""
 
     keep_ns: int | None
@@ -166,7 +166,7 @@ class _Limits:
     wait_share: float
 
 
-def _exceeded(policy: RetentionPolicy, usage: Usage, now_s: float) -> _Limits | None:
+def exceeded(policy: RetentionPolicy, usage: Usage, now_s: float) -> Limits | None:
     """What ``retain`` is to be asked for; None: nothing, the journal is within its limits."""
     keep_ns = keep_bytes = None
     behind = 0.0
@@ -180,4 +180,4 @@ def _exceeded(policy: RetentionPolicy, usage: Usage, now_s: float) -> _Limits | 
         behind = max(behind, usage.file_bytes / policy.max_bytes)
     if keep_ns is None and keep_bytes is None:
         return None
-    return _Limits(keep_ns, keep_bytes, _WAIT_SHARE * max(0.0, min(1.0, (_BEHIND - behind) / (_BEHIND - 1))))
+    return Limits(keep_ns, keep_bytes, _WAIT_SHARE * max(0.0, min(1.0, (BEHIND - behind) / (BEHIND - 1))))
