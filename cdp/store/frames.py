@@ -19,6 +19,8 @@ from journal.segment import FRAME_BYTES
 
 CACHE_FRAMES: Final = 1024
 """64 MiB of decompressed payload, for all readers of a store together."""
+LITTLE_BYTES: Final = FRAME_BYTES // 8
+"""A page of a database."""
 CACHE_LAYOUTS: Final = 4096
 """An hour of them: some 10 MiB."""
 _READ_BYTES: Final = 8 << 20
@@ -31,31 +33,21 @@ class SegmentGone(UnknownPosition):
     code = "segment-gone"
 
 
-class _Last:
-    """The frame that a thread has expanded last, and how much of it was asked for since."""
-
-    __slots__ = ("content", "key", "used_bytes")
-
-    def __init__(self, key: tuple[_Key, int], content: bytes) -> None:
-        self.key = key
-        self.content = content
-        self.used_bytes = 0
-
-
 class _OfThread(threading.local):
     """What serves one thread only."""
 
     def __init__(self) -> None:
         self.decompressor = zstandard.ZstdDecompressor()
-        self.last: _Last | None = None
+        self.last_key: tuple[_Key, int] | None = None
+        self.last = b""
 
 
 class Frames:
     """Thread-safe.
 
-    What is kept: of each thread the last frame that was wanted in part, for the next part is often wanted next; and of
-    all together those of which little was wanted, for somebody else may want the rest. A frame most of which has been
-    handed out is not asked for again: kept, such frames drove out the others wherever a whole disk is read.
+    What is kept: of each thread the last frame that it wanted in part, for the rest of it is often wanted next; and for
+    all of them those of which little was wanted, for the rest may be wanted by anybody. Others are not: wherever a
+    whole disk is read, they drove those out.
     """
 
     def __init__(self, store: Ledger) -> None:
@@ -77,7 +69,7 @@ class Frames:
             if content is None:
                 done += self._expand_into(out[done:], segment, frame, skip)
             else:
-                done += self._part(out[done:], content, skip)
+                done += _part(out[done:], content, skip)
 
     def _expand_into(self, out: memoryview, segment: _Key, frame: int, skip: int) -> int:
         """Fill ``out`` from byte ``skip`` of ``frame`` on, as far as one look at the disk goes; the bytes filled."""
@@ -101,38 +93,28 @@ class Frames:
                     done += size
                     continue
                 content = bytes(piece) if layout.raw[number] else self._expanded(piece, size)
-                self._keep((segment, number), content)
-                done += self._part(out[done:], content, skip)
-                skip = 0
+                taken = _part(out[done:], content, skip)
+                self._keep((segment, number), content, taken)
+                done, skip = done + taken, 0
         except (StoredDamage, OSError) as error:
             raise self._explained(segment, error) from error
         return done
 
-    def _part(self, out: memoryview, content: bytes, skip: int) -> int:
-        take = min(len(content) - skip, len(out))
-        out[:take] = memoryview(content)[skip : skip + take]
-        last = self._local.last
-        if last is not None and last.content is content:
-            last.used_bytes += take
-        return take
-
     def _known(self, key: tuple[_Key, int]) -> bytes | None:
-        last = self._local.last
-        if last is not None and last.key == key:
-            return last.content
+        if self._local.last_key == key:
+            return self._local.last
         with self._lock:
             content = self._frames.get(key)
             if content is not None:
                 self._frames.move_to_end(key)
             return content
 
-    def _keep(self, key: tuple[_Key, int], content: bytes) -> None:
-        """``content`` is this thread's last frame now; the one before it is everybody's, or nobody's."""
-        before, self._local.last = self._local.last, _Last(key, content)
-        if before is None or before.used_bytes >= len(before.content) // 2:
+    def _keep(self, key: tuple[_Key, int], content: bytes, wanted_bytes: int) -> None:
+        self._local.last_key, self._local.last = key, content
+        if wanted_bytes > LITTLE_BYTES:
             return
         with self._lock:
-            self._frames[before.key] = before.content
+            self._frames[key] = content
             while len(self._frames) > CACHE_FRAMES:
                 self._frames.popitem(last=False)
 
@@ -184,6 +166,12 @@ class Frames:
         if isinstance(error, StoredDamage):
             return error
         return StoreFailed(f"A segment cannot be read: {error}.", remedy="Check the store's disk.")
+
+
+def _part(out: memoryview, content: bytes, skip: int) -> int:
+    take = min(len(content) - skip, len(out))
+    out[:take] = memoryview(content)[skip : skip + take]
+    return take
 
 
 def _bounded(layout: Layout, frame: int, last: int) -> int:
