@@ -3,6 +3,7 @@ of a pair of images of them."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ PGBENCH_CLIENTS = 2
 PGBENCH_TPS = 250
 FSYNC_PAIRS_PER_S = 200
 """Leaves the other core to the agent, the server and the standby: the proof is about order, not speed."""
+_INSTANCES = itertools.count()
 
 
 class DatabaseLoad:
@@ -117,7 +119,9 @@ def check_pair(
         except OSError as error:
             raise filesystem.ImageUnsound(f"a log cannot be read: {error}") from error
         if postgres:
-            database = PostgresInstance(f"recovered-{sealed_ns}", namespace, data, wal, work_dir, log_dir)
+            # One moment may be checked more than once.
+            name = f"recovered-{sealed_ns}-{next(_INSTANCES)}"
+            database = PostgresInstance(name, namespace, data, wal, work_dir, log_dir)
             database.adopt()
             try:
                 database.start()
