@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import zstandard
@@ -25,6 +26,8 @@ CACHE_LAYOUTS: Final = 4096
 """An hour of them: some 10 MiB."""
 _READ_BYTES: Final = 8 << 20
 _Key = tuple[uuid.UUID, int, int]
+_Piece = tuple[int, memoryview]
+"""Where in a frame, and where to."""
 
 
 class SegmentGone(UnknownPosition):
@@ -62,43 +65,53 @@ class Frames:
 
         Raises ``SegmentGone``, ``StoredDamage``, ``StoreFailed``.
         """
-        done = 0
-        while done < len(out):
-            frame, skip = divmod(offset + done, FRAME_BYTES)
+        self.read_parts([(offset, out)], segment)
+
+    def read_parts(self, parts: Iterable[tuple[int, memoryview]], segment: _Key) -> None:
+        """As ``read_into`` for many ``(offset, out)`` of one segment: each frame is read and expanded once, and
+        neighbours are read together."""
+        wanted: dict[int, list[_Piece]] = {}
+        for offset, out in parts:
+            done = 0
+            while done < len(out):
+                frame, skip = divmod(offset + done, FRAME_BYTES)
+                take = min(FRAME_BYTES - skip, len(out) - done)
+                wanted.setdefault(frame, []).append((skip, out[done : done + take]))
+                done += take
+        missing = []
+        for frame in sorted(wanted):
             content = self._known((segment, frame))
             if content is None:
-                done += self._expand_into(out[done:], segment, frame, skip)
+                missing.append(frame)
             else:
-                done += _part(out[done:], content, skip)
-
-    def _expand_into(self, out: memoryview, segment: _Key, frame: int, skip: int) -> int:
-        """Fill ``out`` from byte ``skip`` of ``frame`` on, as far as one look at the disk goes; the bytes filled."""
+                _hand_out(content, wanted[frame])
+        if not missing:
+            return
         layout = self._layout(segment)
-        last = min(frame - (-(skip + len(out)) // FRAME_BYTES), len(layout.starts) - 1)
-        last = _bounded(layout, frame, last)
-        done = 0
         try:
-            stored, first = self._stored(layout, frame, last), layout.starts[frame]
-            for number in range(frame, last):
-                piece = stored[layout.starts[number] - first : layout.starts[number + 1] - first]
-                layout.check_frame(number, piece)
-                size = min(FRAME_BYTES, layout.header.payload_bytes - number * FRAME_BYTES)
-                if skip == 0 and len(out) - done >= size:
-                    # Whole frames go to their place at once.
-                    target = out[done : done + size]
-                    if layout.raw[number]:
-                        target[:] = piece
-                    else:
-                        self._expand(piece, target)
-                    done += size
-                    continue
-                content = bytes(piece) if layout.raw[number] else self._expanded(piece, size)
-                taken = _part(out[done:], content, skip)
-                self._keep((segment, number), content, taken)
-                done, skip = done + taken, 0
+            for first, last in _runs(layout, missing):
+                self._expand_run(layout, segment, first, last, wanted)
         except (StoredDamage, OSError) as error:
             raise self._explained(segment, error) from error
-        return done
+
+    def _expand_run(
+        self, layout: Layout, segment: _Key, first: int, last: int, wanted: dict[int, list[_Piece]]
+    ) -> None:
+        """Hand out what is wanted of the frames ``first`` to ``last`` (not included), of all of which something is."""
+        stored, start = self._stored(layout, first, last), layout.starts[first]
+        for frame in range(first, last):
+            piece = stored[layout.starts[frame] - start : layout.starts[frame + 1] - start]
+            layout.check_frame(frame, piece)
+            size = min(FRAME_BYTES, layout.header.payload_bytes - frame * FRAME_BYTES)
+            pieces = wanted[frame]
+            if layout.raw[frame]:
+                _hand_out(piece, pieces)
+            elif len(pieces) == 1 and len(pieces[0][1]) == size:
+                self._expand(piece, pieces[0][1])  # to its place at once
+            else:
+                content = self._expanded(piece, size)
+                _hand_out(content, pieces)
+                self._keep((segment, frame), content, sum(len(out) for _, out in pieces))
 
     def _known(self, key: tuple[_Key, int]) -> bytes | None:
         if self._local.last_key == key:
@@ -168,17 +181,21 @@ class Frames:
         return StoreFailed(f"A segment cannot be read: {error}.", remedy="Check the store's disk.")
 
 
-def _part(out: memoryview, content: bytes, skip: int) -> int:
-    take = min(len(content) - skip, len(out))
-    out[:take] = memoryview(content)[skip : skip + take]
-    return take
+def _hand_out(content: bytes | memoryview, pieces: list[_Piece]) -> None:
+    for skip, out in pieces:
+        out[:] = memoryview(content)[skip : skip + len(out)]
 
 
-def _bounded(layout: Layout, frame: int, last: int) -> int:
-    """At most ``last``, so that not too much is read at once."""
-    while last > frame + 1 and layout.starts[last] - layout.starts[frame] > _READ_BYTES:
-        last = frame + max(1, (last - frame) // 2)
-    return last
+def _runs(layout: Layout, frames: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last (not included) of neighbours among ascending ``frames``, so that not too much is read at once."""
+    first = frames[0]
+    last = first + 1
+    for frame in frames[1:]:
+        if frame != last or layout.starts[frame + 1] - layout.starts[first] > _READ_BYTES:
+            yield first, last
+            first = frame
+        last = frame + 1
+    yield first, last
 
 
 def _gone(segment: _Key) -> SegmentGone:

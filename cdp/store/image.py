@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from types import TracebackType
 from typing import Final
 
@@ -203,19 +205,24 @@ class ImageReader:
             pieces.payload_offsets,
         )
         rows = zip(*(column[order].tolist() for column in columns), strict=True)
-        for offset, length, kind, generation, seq, payload_offset in rows:
-            target = out[offset - out_start : offset - out_start + length]
-            if kind != Kind.DATA:
+        for (generation, seq), of_segment in groupby(rows, key=itemgetter(3, 4)):
+            data: list[tuple[int, int, int]] = []
+            for offset, length, kind, _, _, payload_offset in of_segment:
+                if kind == Kind.DATA:
+                    data.append((offset, length, payload_offset))
+                    continue
+                target = out[offset - out_start : offset - out_start + length]
                 _clear(target)
                 if kind == BASE:
                     self._base.read_into(disk, offset, target)
-                continue
+            parts = [(at, out[offset - out_start : offset - out_start + length]) for offset, length, at in data]
             try:
-                self._store.frames.read_into(target, (self.machine.uuid, generation, seq), payload_offset)
+                self._store.frames.read_parts(parts, (self.machine.uuid, generation, seq))
             except SegmentGone:
                 # Folded meanwhile: look again, the base image has it now.
-                for now in self._pieces(disk, offset, length):
-                    self._fill(target, offset, disk, now)
+                for offset, length, _ in data:
+                    for now in self._pieces(disk, offset, length):
+                        self._fill(out[offset - out_start : offset - out_start + length], offset, disk, now)
 
     def _parts(self, disk: int, pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, neighbours of one kind already joined: there may be millions of pieces."""

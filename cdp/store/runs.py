@@ -119,19 +119,24 @@ def merge(runs: list[Run]) -> MemoryRun:
     """One run of consecutive runs of a generation."""
     first, last = runs[0], runs[-1]
     assert last.last - first.first < RUN_SEGMENTS_MAX
-    keys: list[U64] = []
-    values: list[U64] = []
-    for run in runs:
-        shift = np.uint64(run.first - first.first)
-        for length_class, count in enumerate(run.counts):
-            for some_keys, some_values in run.slices(length_class, 0, count):
-                keys.append(some_keys + shift)
-                values.append(some_values)
-    position = Position(last.generation, last.last, last.digest)
-    empty = np.empty(0, np.uint64)
-    return _sorted(
-        first.generation, first.first, position, np.concatenate([empty, *keys]), np.concatenate([empty, *values])
-    )
+    # Class by class, and each array let go of when it has served: millions of entries are merged at once.
+    all_keys, all_values = [], []
+    for length_class in range(len(CLASSES)):
+        total = sum(run.counts[length_class] for run in runs)
+        keys, values = np.empty(total, np.uint64), np.empty(total, np.uint64)
+        at = 0
+        for run in runs:
+            shift = np.uint64(run.first - first.first)
+            for some_keys, some_values in run.slices(length_class, 0, run.counts[length_class]):
+                np.add(some_keys, shift, out=keys[at : at + len(some_keys)])
+                values[at : at + len(some_keys)] = some_values
+                at += len(some_keys)
+        assert at == total
+        order = np.argsort(keys)
+        all_keys.append(keys[order])
+        del keys
+        all_values.append(values[order])
+    return MemoryRun(first.generation, first.first, last.last, last.digest, tuple(all_keys), tuple(all_values))
 
 
 def count(run: Run, disk: int, start: int, stop: int) -> int:
