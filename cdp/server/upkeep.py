@@ -36,7 +36,6 @@ SLACK_S_MAX: Final = 900.0
 time is folded once. Half an hour of a day would be a 48th; a quarter of an hour is enough."""
 BEHIND: Final = 1.125
 """Past its limit by so much, a journal is folded without regard for ingest; on the way there with less and less."""
-_WAIT_SHARE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,4 +179,4 @@ def exceeded(policy: RetentionPolicy, usage: Usage, now_s: float) -> Limits | No
         behind = max(behind, usage.file_bytes / policy.max_bytes)
     if keep_ns is None and keep_bytes is None:
         return None
-    return Limits(keep_ns, keep_bytes, _WAIT_SHARE * max(0.0, min(1.0, (BEHIND - behind) / (BEHIND - 1))))
+    return Limits(keep_ns, keep_bytes, max(0.0, min(1.0, (BEHIND - behind) / (BEHIND - 1))))

@@ -114,8 +114,6 @@ class BaseImage:
         """Lay ``(offset, length, content)`` rows, ascending, over one batch; None: zeros. All rows together touch at
         most ``BATCH_CHUNKS`` chunks. Durable only after ``sync``. Raises ``StoredDamage`` and ``OSError``."""
         rows = list(rows)
-        if not rows:
-            return
         numbers = sorted({n for at, size, _ in rows for n in range(at // CHUNK_BYTES, -(-(at + size) // CHUNK_BYTES))})
         with (
             self._lock,
@@ -190,11 +188,10 @@ class BaseImage:
         """Both sums of each chunk, and whether its slot is good. Raises ``StoredDamage`` for a bad slot of a chunk of
         which something is to stay."""
         found: dict[int, tuple[int, int, bool]] = {}
-        for first, last in _runs(numbers):
-            sums, good = slots_.unpack(self._raw_slots(table, first, last + 1 - first), first)
-            for number in numbers[len(found) :]:
-                if number > last:
-                    break
+        for near in _near(numbers):
+            first = near[0]
+            sums, good = slots_.unpack(self._raw_slots(table, first, near[-1] + 1 - first), first)
+            for number in near:
                 is_good = bool(good[number - first])
                 if not is_good and number not in whole:
                     raise self._damaged(disk, number)
@@ -246,15 +243,11 @@ def _lay_over(chunks: dict[int, bytearray | memoryview], at: int, size: int, con
         done += take
 
 
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each group of ascending numbers whose slots are worth one read."""
-    first = last = numbers[0]
-    for number in numbers[1:]:
-        if number - last > _SLOTS_GAP_MAX:
-            yield first, last
-            first = number
-        last = number
-    yield first, last
+def _near(numbers: list[int]) -> Iterator[list[int]]:
+    """Ascending numbers in groups whose slots are worth one read."""
+    cuts = [at for at in range(1, len(numbers)) if numbers[at] - numbers[at - 1] > _SLOTS_GAP_MAX]
+    for start, stop in itertools.pairwise([0, *cuts, len(numbers)] if numbers else []):
+        yield numbers[start:stop]
 
 
 def _covered(rows: list[tuple[int, int, memoryview | None]], numbers: list[int]) -> set[int]:

@@ -60,16 +60,12 @@ class Frames:
         self._frames: OrderedDict[tuple[_Key, int], bytes] = OrderedDict()
         self._local = _OfThread()
 
-    def read_into(self, out: memoryview, segment: _Key, offset: int) -> None:
-        """Fill ``out`` with the payload of ``segment`` (machine, generation, seq) from ``offset`` on.
+    def read_parts(self, parts: Iterable[tuple[int, memoryview]], segment: _Key) -> None:
+        """Fill each of ``(offset, out)`` with the payload of ``segment`` (machine, generation, seq) from ``offset`` on.
+        Each frame is read and expanded once, and neighbours are read together.
 
         Raises ``SegmentGone``, ``StoredDamage``, ``StoreFailed``.
         """
-        self.read_parts([(offset, out)], segment)
-
-    def read_parts(self, parts: Iterable[tuple[int, memoryview]], segment: _Key) -> None:
-        """As ``read_into`` for many ``(offset, out)`` of one segment: each frame is read and expanded once, and
-        neighbours are read together."""
         wanted: dict[int, list[_Piece]] = {}
         for offset, out in parts:
             done = 0
@@ -91,7 +87,7 @@ class Frames:
         try:
             for first, last in _runs(layout, missing):
                 self._expand_run(layout, segment, first, last, wanted)
-        except (StoredDamage, OSError) as error:
+        except (StoredDamage, SegmentDamaged, OSError) as error:
             raise self._explained(segment, error) from error
 
     def _expand_run(
@@ -104,14 +100,15 @@ class Frames:
             layout.check_frame(frame, piece)
             size = min(FRAME_BYTES, layout.header.payload_bytes - frame * FRAME_BYTES)
             pieces = wanted[frame]
-            if layout.raw[frame]:
-                _hand_out(piece, pieces)
-            elif len(pieces) == 1 and len(pieces[0][1]) == size:
-                self._expand(piece, pieces[0][1])  # to its place at once
-            else:
-                content = self._expanded(piece, size)
-                _hand_out(content, pieces)
-                self._keep((segment, frame), content, sum(len(out) for _, out in pieces))
+            if len(pieces) == 1 and len(pieces[0][1]) == size:  # to its place at once
+                if layout.raw[frame]:
+                    pieces[0][1][:] = piece
+                else:
+                    expand_into(self._local.decompressor, piece, pieces[0][1])
+                continue
+            content = bytes(piece) if layout.raw[frame] else expand(self._local.decompressor, piece, size)
+            _hand_out(content, pieces)
+            self._keep((segment, frame), content, sum(len(out) for _, out in pieces))
 
     def _known(self, key: tuple[_Key, int]) -> bytes | None:
         if self._local.last_key == key:
@@ -131,23 +128,11 @@ class Frames:
             while len(self._frames) > CACHE_FRAMES:
                 self._frames.popitem(last=False)
 
-    def _expand(self, piece: memoryview, target: memoryview) -> None:
-        try:
-            expand_into(self._local.decompressor, piece, target)
-        except SegmentDamaged as error:
-            raise StoredDamage(error.sentence, remedy=error.remedy) from error
-
     def _stored(self, layout: Layout, frame: int, last: int) -> memoryview:
         """The bytes of the frames ``frame`` to ``last`` (not included) as they are stored."""
         with opened(self._store.files, layout.path) as handle:
             length = layout.starts[last] - layout.starts[frame]
             return memoryview(self._store.files.read(handle, length, layout.starts[frame]))
-
-    def _expanded(self, piece: memoryview, size: int) -> bytes:
-        try:
-            return expand(self._local.decompressor, piece, size)
-        except SegmentDamaged as error:
-            raise StoredDamage(error.sentence, remedy=error.remedy) from error
 
     def _layout(self, segment: _Key) -> Layout:
         with self._lock:
@@ -169,7 +154,9 @@ class Frames:
                 self._layouts.popitem(last=False)
         return layout
 
-    def _explained(self, segment: _Key, error: StoredDamage | OSError) -> StoredDamage | StoreFailed | SegmentGone:
+    def _explained(
+        self, segment: _Key, error: StoredDamage | SegmentDamaged | OSError
+    ) -> StoredDamage | StoreFailed | SegmentGone:
         """Damage, or a file that retention has recycled under the reader?"""
         machine, generation, seq = segment
         with self._lock:
@@ -178,10 +165,12 @@ class Frames:
             return _gone(segment)
         if isinstance(error, StoredDamage):
             return error
+        if isinstance(error, SegmentDamaged):
+            return StoredDamage(error.sentence, remedy=error.remedy)
         return StoreFailed(f"A segment cannot be read: {error}.", remedy="Check the store's disk.")
 
 
-def _hand_out(content: bytes | memoryview, pieces: list[_Piece]) -> None:
+def _hand_out(content: bytes, pieces: list[_Piece]) -> None:
     for skip, out in pieces:
         out[:] = memoryview(content)[skip : skip + len(out)]
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from itertools import groupby
-from operator import itemgetter
 from types import TracebackType
 from typing import Final
 
@@ -195,34 +193,35 @@ class ImageReader:
 
     def _fill(self, out: memoryview, out_start: int, disk: int, pieces: Pieces) -> None:
         """Write all of ``pieces``, segment by segment, so that each frame is decompressed once."""
-        order = np.lexsort((pieces.payload_offsets, pieces.seqs, pieces.generations))
-        columns = (
-            pieces.offsets,
-            pieces.lengths,
-            pieces.kinds,
-            pieces.generations,
-            pieces.seqs,
-            pieces.payload_offsets,
+        rows = zip(
+            pieces.offsets.tolist(),
+            pieces.lengths.tolist(),
+            pieces.kinds.tolist(),
+            pieces.generations.tolist(),
+            pieces.seqs.tolist(),
+            pieces.payload_offsets.tolist(),
+            strict=True,
         )
-        rows = zip(*(column[order].tolist() for column in columns), strict=True)
-        for (generation, seq), of_segment in groupby(rows, key=itemgetter(3, 4)):
-            data: list[tuple[int, int, int]] = []
-            for offset, length, kind, _, _, payload_offset in of_segment:
-                if kind == Kind.DATA:
-                    data.append((offset, length, payload_offset))
-                    continue
-                target = out[offset - out_start : offset - out_start + length]
-                _clear(target)
-                if kind == BASE:
-                    self._base.read_into(disk, offset, target)
-            parts = [(at, out[offset - out_start : offset - out_start + length]) for offset, length, at in data]
+        wanted: dict[tuple[int, int], list[tuple[int, int, memoryview]]] = {}
+        for offset, length, kind, generation, seq, payload_offset in rows:
+            target = out[offset - out_start : offset - out_start + length]
+            if kind == Kind.DATA:
+                wanted.setdefault((generation, seq), []).append((offset, payload_offset, target))
+                continue
+            _clear(target)
+            if kind == BASE:
+                self._base.read_into(disk, offset, target)
+        for (generation, seq), parts in wanted.items():
             try:
-                self._store.frames.read_parts(parts, (self.machine.uuid, generation, seq))
+                self._store.frames.read_parts(
+                    ((payload_offset, target) for _, payload_offset, target in parts),
+                    (self.machine.uuid, generation, seq),
+                )
             except SegmentGone:
                 # Folded meanwhile: look again, the base image has it now.
-                for offset, length, _ in data:
-                    for now in self._pieces(disk, offset, length):
-                        self._fill(out[offset - out_start : offset - out_start + length], offset, disk, now)
+                for offset, _, target in parts:
+                    for now in self._pieces(disk, offset, len(target)):
+                        self._fill(target, offset, disk, now)
 
     def _parts(self, disk: int, pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
         """``(offset, length, is_hole)``, neighbours of one kind already joined: there may be millions of pieces."""

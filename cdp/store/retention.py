@@ -267,12 +267,12 @@ class Retention(Imaging):
 
     def _fold_batch(self, image: BaseImage, machine: uuid.UUID, disk: int, batch: list[_Row]) -> None:
         contents = [memoryview(bytearray(row[1])) if row[2] == Kind.DATA else None for row in batch]
-        order = sorted(range(len(batch)), key=lambda number: batch[number][3:])
-        for number in order:
-            content = contents[number]
+        wanted: dict[tuple[int, int], list[tuple[int, memoryview]]] = {}
+        for (*_, generation, seq, payload_offset), content in zip(batch, contents, strict=True):
             if content is not None:
-                _, _, _, generation, seq, payload_offset = batch[number]
-                self.frames.read_into(content, (machine, generation, seq), payload_offset)
+                wanted.setdefault((generation, seq), []).append((payload_offset, content))
+        for (generation, seq), parts in wanted.items():
+            self.frames.read_parts(parts, (machine, generation, seq))
         image.fold(disk, [(row[0], row[1], content) for row, content in zip(batch, contents, strict=True)])
 
     def _remove(self, state: MachineState) -> int:
@@ -331,14 +331,13 @@ def batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
             if first > last and not left:
                 yield batch
                 batch, left = [], BATCH_CHUNKS
-            furthest = max(last, first - 1) + left
-            take = min(length - done, (furthest + 1) * CHUNK_BYTES - offset - done)
+            before = max(last, first - 1)  # the last chunk that this piece does not add
+            take = min(length - done, (before + left + 1) * CHUNK_BYTES - offset - done)
             kind, generation, seq, payload_offset = rest
             batch.append((offset + done, take, kind, generation, seq, payload_offset + done))
             done += take
-            touched = (offset + done - 1) // CHUNK_BYTES
-            left -= touched - max(last, first - 1)
-            last = touched
+            last = (offset + done - 1) // CHUNK_BYTES
+            left -= last - before
     if batch:
         yield batch
 
