@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -89,7 +88,6 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 def test_a_full_disk_refuses_keeps_what_it_has_and_recovers_by_retention(tiny_disk: Path) -> None:
     directory = tiny_disk / "store"
     stored: list[Position] = []
