@@ -26,9 +26,11 @@ from cdp.store.errors import IndexDamaged, StoreFailed, StoreFormatUnknown, Stor
 from cdp.store.files import reserve_blocks
 from cdp.store.records import Entry, segment_key
 
-FORMAT: Final = b"cdp store 2"
+FORMAT: Final = b"cdp store 3"
+_OLD_RECORDS: Final = b"cdp store 2"
+"""The format before: its records have sums of another kind (``record``), which stay as they are."""
 _WITHOUT_TALLIES: Final = b"cdp store 1"
-"""The format before. It lacks the sums of ``tally``; the first start with this version adds them."""
+"""The one before that. It lacks the sums of ``tally``; the first start with this version adds them."""
 TABLES: Final = (
     "meta",
     "machines",
@@ -191,7 +193,7 @@ class Index:
             found = txn.get("meta", b"format")
             if found == _WITHOUT_TALLIES:
                 tally.recount(txn)
-            elif found not in (None, FORMAT):
+            elif found not in (None, _OLD_RECORDS, FORMAT):
                 raise StoreFormatUnknown(
                     f"The store has the format {found.decode(errors='replace')!r}, not {FORMAT.decode()!r}.",
                     remedy="Use the version of this program that wrote the store, or a newer one.",

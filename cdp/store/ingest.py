@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, Final
 
 import numpy as np
 
@@ -36,15 +37,18 @@ from journal.extent import Extents
 from journal.position import Position
 from journal.segment import Header
 
+_PIECE_BYTES: Final = 2 << 20
+
 
 class Ingest(Machines):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._hashing = ThreadPoolExecutor(1, "store-hash")
-        self._hashing_is_free = threading.Semaphore()
+        self._writer = ThreadPoolExecutor(1, "store-body")
+        self._large = 0
+        self._large_lock = threading.Lock()
 
     def _let_go(self) -> None:
-        self._hashing.shutdown()
+        self._writer.shutdown()
         super()._let_go()
 
     def put_segment(self, machine: uuid.UUID, raw: bytes | bytearray | memoryview) -> tuple[Position, bool]:
@@ -92,20 +96,14 @@ class Ingest(Machines):
         assert state.file is not None
         try:
             early = self.early_bytes <= len(raw) == header.segment_bytes
-            if early:
-                # Whole pages, so that none has to be read first.
-                zeros = bytes(length - RECORD_HEADER_BYTES - len(raw))
-                self.files.write(state.handle, [bytes(RECORD_HEADER_BYTES), raw, zeros], state.end)
-                self.files.start(state.handle, length, state.end)
-            segment, sums = self._verified(header, raw)
+            segment, sums = self._decoded_while_written(state, header, raw) if early else (decode(raw), None)
             _check_extents(state.machine, segment.extents)
-            record = pack_record(segment, state.file.tag, state.end, sums)
+            head, body, tail = pack_record(segment, state.file.tag, state.end, sums)
             if early:
-                head, _, tail = record
                 self.files.write(state.handle, [tail], state.end + RECORD_HEADER_BYTES + len(raw))
                 self.files.write(state.handle, [head], state.end)
             else:
-                self.files.write(state.handle, record, state.end)
+                self.files.write(state.handle, [head, body, tail], state.end)
             self.files.sync(state.handle)
         except OSError as error:
             failure = disk_error(error, "a segment")
@@ -114,17 +112,42 @@ class Ingest(Machines):
             raise failure from error
         return Entry(header, state.file.number, state.end, length)
 
-    def _verified(self, header: Header, raw: memoryview) -> tuple[Segment, bytes | None]:
-        """The decoded segment and the sums of its frames, if they are known already. A large one is hashed by two
-        threads, unless the second one is busy: then the processors are as well."""
-        if self.early_bytes > len(raw) or not self._hashing_is_free.acquire(blocking=False):
-            return decode(raw), None
+    def _decoded_while_written(
+        self, state: MachineState, header: Header, raw: memoryview
+    ) -> tuple[Segment, bytes | None]:
+        """The decoded segment, whose body is on its way to the disk, and the sums of its frames if they are known
+        already. Another thread writes if this is the only large segment: otherwise the processors are busy as it is."""
+        with self._large_lock:
+            self._large += 1
+            is_alone = self._large == 1
         try:
-            decoding = self._hashing.submit(decode, raw)
-            sums = sums_ahead(header, raw)
-            return decoding.result(), sums
+            if not is_alone:
+                self._write_body(state, header, raw)
+                return decode(raw), None
+            writing = self._writer.submit(self._write_body_and_sum, state, header, raw)
+            try:
+                segment = decode(raw)
+            finally:
+                # Whatever comes next finds nobody writing there.
+                wait([writing])
+            return segment, writing.result()
         finally:
-            self._hashing_is_free.release()
+            with self._large_lock:
+                self._large -= 1
+
+    def _write_body_and_sum(self, state: MachineState, header: Header, raw: memoryview) -> bytes:
+        self._write_body(state, header, raw)
+        return sums_ahead(header, raw)
+
+    def _write_body(self, state: MachineState, header: Header, raw: memoryview) -> None:
+        """Piece by piece, so that the disk is at work from the first on; in whole pages, so that none has to be read
+        before. Zeros are where the rest of the record will be."""
+        length = record_bytes(header.segment_bytes, header.frame_count)
+        before, after = bytes(RECORD_HEADER_BYTES), bytes(length - RECORD_HEADER_BYTES - len(raw))
+        for start in range(0, length, _PIECE_BYTES):
+            stop = min(start + _PIECE_BYTES, length)
+            self.files.write(state.handle, _cut([before, raw, after], start, stop), state.end + start)
+            self.files.start(state.handle, stop - start, state.end + start)
 
     def _digest_at(self, state: MachineState, seq: int) -> bytes | None:
         entry = self.entry(state, state.tip.generation, seq)
@@ -137,6 +160,15 @@ class Ingest(Machines):
         ):
             return base.target_position.digest
         return None
+
+
+def _cut(buffers: Sequence[bytes | memoryview], start: int, stop: int) -> list[bytes | memoryview]:
+    """The bytes ``start`` to ``stop`` of the buffers laid end to end."""
+    parts = []
+    for buffer in buffers:
+        parts.append(buffer[max(0, start) : max(0, stop)])
+        start, stop = start - len(buffer), stop - len(buffer)
+    return [part for part in parts if len(part)]
 
 
 def _check_extents(machine: Machine, extents: Extents) -> None:

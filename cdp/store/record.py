@@ -5,8 +5,8 @@
     ├───────────────┤ + 128
     │ segment       │ the encoded bytes, unchanged
     ├───────────────┤ + 128 + segment_bytes
-    │ frame sums    │ 8 bytes of blake3 for each payload frame as stored, so that one frame can be read and trusted
-    │ sum of sums   │ 8 bytes
+    │ frame sums    │ 8 bytes of XXH3 for each payload frame as stored, so that one frame can be read and trusted
+    │ sum of sums   │ 8 bytes, over the segment's digest and the frame sums
     ├───────────────┤ zeros up to the next multiple of 4096
     └───────────────┘
 
@@ -14,6 +14,9 @@ The tag is drawn anew each time a file is handed out: whatever an earlier use le
 the end of the last record that was durable when this one was written. A bad record that starts below the largest
 ``synced_to`` seen behind it had been acknowledged: it has rotted. A bad record with nothing behind it is a torn tail,
 never acknowledged, and is cut off.
+
+The sums are against rot; who wrote the segment, and that it is whole, is what its own digests are for. Records of
+version 1, which stores of formats 1 and 2 have, sum with blake3. The sum of sums tells which it is.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from blake3 import blake3
 
 from cdp.store.errors import StoredDamage
@@ -39,13 +43,15 @@ from journal.extent import Extents
 from journal.segment import FRAME_RAW, HEADER_BYTES, SEGMENT_BYTES_MAX, Header
 
 MAGIC: Final = b"CDPRECD\x1a"
-VERSION: Final = 1
+VERSION: Final = 2
+_VERSIONS: Final = (1, VERSION)
 ALIGN_BYTES: Final = 4096
 RECORD_HEADER_BYTES: Final = 128
 TAG_BYTES: Final = 8
 SUM_BYTES: Final = 8
 _DIGEST_BYTES: Final = 16
 T = TypeVar("T")
+SumOf = Callable[[Buffer], bytes]
 _HEAD: Final = struct.Struct("<8sHHI8s16sIIQQ32s16x")
 assert _HEAD.size + _DIGEST_BYTES == RECORD_HEADER_BYTES
 
@@ -90,7 +96,7 @@ class RecordHeader:
         if blake3(head).digest(_DIGEST_BYTES) != raw[_HEAD.size :]:
             return None
         _, version, _, segment_bytes, found, machine, generation, frames, seq, synced_to, digest = _HEAD.unpack(head)
-        if version != VERSION or found != tag or not HEADER_BYTES <= segment_bytes <= SEGMENT_BYTES_MAX:
+        if version not in _VERSIONS or found != tag or not HEADER_BYTES <= segment_bytes <= SEGMENT_BYTES_MAX:
             return None
         return cls(uuid.UUID(bytes=machine), generation, seq, segment_bytes, frames, synced_to, digest)
 
@@ -113,10 +119,8 @@ def pack_record(segment: Segment, tag: bytes, synced_to: int, sums: bytes | None
         header.digest,
     )
     if sums is None:
-        sums = _frame_sums(header, segment.frame_lengths, segment.raw)
-    tail = sums + _sum(header.digest + sums)
-    padding = head.record_bytes - RECORD_HEADER_BYTES - header.segment_bytes - len(tail)
-    return [head.pack(tag), segment.raw, tail + bytes(padding)]
+        sums = _frame_sums(header, segment.frame_lengths, segment.raw, _sum)
+    return [head.pack(tag), segment.raw, _tail(header, sums, _sum)]
 
 
 def read_segment(files: Files, path: Path, file: SegmentFile, entry: Entry) -> Segment:
@@ -139,11 +143,13 @@ def read_segment(files: Files, path: Path, file: SegmentFile, entry: Entry) -> S
 def check_record(files: Files, path: Path, file: SegmentFile, entry: Entry) -> None:
     """Read and check every byte of a record, the frame sums and the padding included."""
     segment = read_segment(files, path, file, entry)
-    buffers = pack_record(segment, file.tag, 0)
     with opened(files, path) as handle:
         start = RECORD_HEADER_BYTES + entry.header.segment_bytes
         stored = files.read(handle, entry.record_bytes - start, entry.offset + start)
-    if stored != bytes(buffers[2]):
+    if not any(
+        stored == _tail(entry.header, _frame_sums(entry.header, segment.frame_lengths, segment.raw, sum_of), sum_of)
+        for sum_of in _SUMS
+    ):
         raise _damaged(entry.header, "its frame sums are bad")
 
 
@@ -157,9 +163,10 @@ class Layout:
     starts: list[int]
     raw: list[bool]
     sums: bytes
+    sum_of: SumOf
 
     def check_frame(self, frame: int, stored: Buffer) -> None:
-        if _sum(stored) != self.sums[frame * SUM_BYTES : (frame + 1) * SUM_BYTES]:
+        if self.sum_of(stored) != self.sums[frame * SUM_BYTES : (frame + 1) * SUM_BYTES]:
             raise _damaged(self.header, f"its payload frame {frame} does not match its checksum")
 
 
@@ -171,13 +178,14 @@ def read_layout(files: Files, path: Path, entry: Entry) -> Layout:
         length = (header.frame_count + 1) * SUM_BYTES
         tail = files.read(handle, length, entry.offset + RECORD_HEADER_BYTES + header.segment_bytes)
     sums = tail[:-SUM_BYTES]
-    if len(tail) != length or _sum(header.digest + sums) != tail[-SUM_BYTES:]:
+    sum_of = next((sum_of for sum_of in _SUMS if sum_of(header.digest + sums) == tail[-SUM_BYTES:]), None)
+    if len(tail) != length or sum_of is None:
         raise _damaged(header, "its frame sums are bad")
     first = entry.offset + RECORD_HEADER_BYTES + HEADER_BYTES + header.table_bytes
     frame_lengths = _unpacked(header, unpack_frames, table)
     lengths = [length & ~FRAME_RAW for length in frame_lengths.tolist()]
     raw = [bool(length & FRAME_RAW) for length in frame_lengths.tolist()]
-    return Layout(header, path, list(accumulate(lengths, initial=first)), raw, sums)
+    return Layout(header, path, list(accumulate(lengths, initial=first)), raw, sums, sum_of)
 
 
 def read_extents(files: Files, path: Path, entry: Entry) -> Extents:
@@ -208,23 +216,37 @@ def sums_ahead(header: Header, raw: memoryview) -> bytes:
     if blake3(table).digest() != header.table_digest:
         return b""
     try:
-        return _frame_sums(header, unpack_table(header, table)[1], raw)
+        return _frame_sums(header, unpack_table(header, table)[1], raw, _sum)
     except SegmentDamaged:
         return b""
 
 
-def _frame_sums(header: Header, frame_lengths: npt.NDArray[np.uint32], view: memoryview) -> bytes:
+def _frame_sums(header: Header, frame_lengths: npt.NDArray[np.uint32], view: memoryview, sum_of: SumOf) -> bytes:
     at = HEADER_BYTES + header.table_bytes
     sums = bytearray()
     for entry in frame_lengths.tolist():
         length = entry & ~FRAME_RAW
-        sums += _sum(view[at : at + length])
+        sums += sum_of(view[at : at + length])
         at += length
     return bytes(sums)
 
 
+def _tail(header: Header, sums: bytes, sum_of: SumOf) -> bytes:
+    """What follows the segment in its record, the padding included."""
+    tail = sums + sum_of(header.digest + sums)
+    whole = record_bytes(header.segment_bytes, header.frame_count)
+    return tail.ljust(whole - RECORD_HEADER_BYTES - header.segment_bytes, b"\0")
+
+
 def _sum(data: Buffer) -> bytes:
+    return xxhash.xxh3_64_digest(data)
+
+
+def _sum_of_version_1(data: Buffer) -> bytes:
     return bytes(blake3(data).digest(SUM_BYTES))
+
+
+_SUMS: Final[tuple[SumOf, ...]] = (_sum, _sum_of_version_1)
 
 
 def _damaged(header: Header, why: str) -> StoredDamage:
