@@ -23,7 +23,7 @@ from journal.position import Position
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of the disk done and in all."""
-THREADS: Final = 4
+THREADS: Final = 3
 """Decompressing and writing let go of the interpreter's lock; some wait for the disk, or for each other at the file."""
 
 

@@ -1,7 +1,7 @@
 """A store that an earlier version wrote is opened, served, verified, written to and folded by this one.
 
 ``formats/store-N.tar.zst`` were written by ``formats/write_store.py`` with the code of their time, ``store-1`` at
-commit c75cb9a. They are never written again; a change of the format adds one.
+commit c75cb9a, ``store-2`` at f4b2847. They are never written again; a change of the format adds one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import zstandard
 from blake3 import blake3
 
 from cdp.store import ImageReader, Store, verify
-from cdp.store.errors import UnknownPosition
+from cdp.store.errors import StoredDamage, UnknownPosition
+from cdp.store.record import RECORD_HEADER_BYTES, SUM_BYTES
 from journal.encoder import Encoder
 from journal.extent import Extents, Kind
 from journal.position import Position
 from tests.store.formats.write_store import NOW_NS
 from tests.store.source import SECOND_NS
+from tests.store.test_damage import flip
 
 FORMATS = sorted((Path(__file__).parent / "formats").glob("*.tar.zst"))
 
@@ -66,6 +68,25 @@ def test_a_store_of_an_earlier_version(tmp_path: Path, packed: Path) -> None:
             assert verify(store, machine).clean
             store.remove_machine(machine)
         assert store.list_machines() == []
+
+
+@pytest.mark.parametrize("packed", FORMATS, ids=lambda path: path.name.partition(".")[0])
+def test_what_rots_in_it_is_found_and_not_served(tmp_path: Path, packed: Path) -> None:
+    manifest = unpacked(packed, tmp_path)
+    told = manifest["machines"][1]
+    machine, tip = uuid.UUID(told["uuid"]), Position.parse(told["tip"])
+    with Store.open(tmp_path / "store", file_bytes=1 << 20, map_bytes=64 << 20, clock_ns=lambda: NOW_NS) as store:
+        entry = store.entry(store.state(machine), tip.generation, tip.seq)
+        assert entry is not None and entry.header.frame_count == 1
+        frame_at = entry.offset + RECORD_HEADER_BYTES + entry.header.segment_bytes - 1
+        for at in (frame_at, frame_at + 1, frame_at + 1 + SUM_BYTES):  # the frame, its sum, the sum of sums
+            flip(store.pool.path(entry.file), at)
+            assert [damage.position for damage in verify(store, machine).damages] == [str(tip)]
+            with ImageReader(store, machine, tip) as image, pytest.raises(StoredDamage):
+                image.read(0, 0, 64 << 10)
+            flip(store.pool.path(entry.file), at)
+        assert verify(store, machine).clean
+        assert digests(store, machine, tip, told["sizes"]) == told["points"][str(tip)]
 
 
 def check_history(store: Store, machine: uuid.UUID, told: dict[str, Any], added: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import uuid
 from pathlib import Path
 
 import pytest
 
-from cdp.store import Store
+from cdp.store import Store, verify
 from cdp.store.errors import (
     MachineExists,
     StoreFailed,
@@ -30,7 +31,7 @@ from journal.errors import (
 )
 from journal.extent import Kind
 from journal.position import Position
-from tests.store.faulty import FaultyFiles
+from tests.store.faulty import FaultyFiles, PowerCut
 from tests.store.source import disk_infos, make
 
 MIB = 1 << 20
@@ -119,6 +120,51 @@ def test_a_failing_disk_acknowledges_nothing_and_loses_nothing(tmp_path: Path) -
         position, duplicate = store.put_segment(source.machine, raw)
         assert not duplicate
         source.check(store, position)
+
+
+def test_the_power_is_cut_at_each_step_of_a_large_segment(tmp_path: Path) -> None:
+    """Its body is written in pieces by another thread, while it is being verified."""
+    for step in itertools.count(1):
+        files, directory = FaultyFiles(step), tmp_path / str(step)
+        store = Store.open(directory, file_bytes=8 * MIB, flush_interval_s=1e6, fs=files)
+        source = make(store, 8 * MIB)
+        source.put(store, WRITE)
+        raw = source.encode([(0, MIB, 5 * MIB, Kind.DATA)], compressible=False)
+        kept, position = source.position, next(reversed(source.sealed))
+        files.cut_after(step)
+        try:
+            store.put_segment(source.machine, raw)
+        except PowerCut:
+            files.power_cut()
+            store.abandon()
+        else:
+            files.cut_after(None)
+            store.close()
+            assert step == 7  # three pieces, sums, header, sync: all of them were cut off before
+            break
+        with Store.open(directory, file_bytes=8 * MIB) as store:
+            # What was not acknowledged may have become durable all the same: then as a whole.
+            source.accept(store.live(source.machine))
+            assert source.position in (kept, position)
+            source.check(store, source.position)
+            assert store.put_segment(source.machine, raw) == (position, source.position == position)
+            source.check(store, position)
+            assert verify(store, source.machine).clean
+
+
+def test_a_large_segment_that_is_damaged_leaves_nothing(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", file_bytes=8 * MIB) as store:
+        source = make(store, 8 * MIB)
+        kept = source.put(store, WRITE)
+        raw = source.encode([(0, MIB, 5 * MIB, Kind.DATA)], compressible=False)
+        damaged = bytearray(raw)
+        damaged[-1] ^= 1
+        with pytest.raises(SegmentDamaged):
+            store.put_segment(source.machine, damaged)
+        assert store.live(source.machine) == kept
+        small = source.put(store, [(0, 0, 4096, Kind.DATA)])
+        source.check(store, small)
+        assert verify(store, source.machine).clean
 
 
 def test_no_room_for_the_next_file_is_told_before_the_acknowledgement(tmp_path: Path) -> None:
