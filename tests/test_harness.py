@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from tests.harness.process import Program
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
 program = Program("sleeper", ["sleep", "infinity"], Path(sys.argv[1]))
 program.start()
 try:
