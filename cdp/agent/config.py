@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from cdp.agent.capture.layout import RING_BYTES
 from cdp.agent.errors import ConfigInvalid
 
 DEFAULT_PATH = Path("/etc/cdp/agent.toml")
@@ -27,8 +28,9 @@ class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class CaptureConfig(_Section):
-    ring_bytes: int = 16 << 20
-    """Kernel memory between the block layer and the drainer. 16 MiB lost nothing at 400 MB/s; 64 MiB for bursts."""
+    ring_bytes: int = RING_BYTES
+    """Kernel memory between the block layer and the drainer. Of 16 MiB, a checkpoint's burst at the speed of memory
+    overflowed some events in minutes of pgbench."""
     raw_spool_bytes: int | None = None
     """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory and
     takes memory only while a burst lasts. Default: 512 MiB, but at most a sixteenth of the memory."""
@@ -190,7 +192,7 @@ disks = [{listed}]
 # segment_s = 1.0                # the distance of recovery points
 
 [capture]
-# ring_bytes = 16777216          # kernel memory; 67108864 for machines with long bursts
+# ring_bytes = 67108864          # kernel memory; 16777216 if it is scarce and bursts are short
 # raw_spool_bytes = 536870912    # taken only in a burst; default: at most a sixteenth of the memory
 # pin_dir = "/sys/fs/bpf/cdp"
 

@@ -25,6 +25,7 @@ from typing import Self
 import msgspec
 
 from cdp.agent import enrol
+from cdp.agent.capture.layout import RING_BYTES
 from cdp.server import messages
 from cdp.server.auth import Authenticator
 from cdp.server.tls import open_authority
@@ -60,7 +61,7 @@ class Plant(Observed):
         self,
         *,
         sizes: Sequence[int] = (256 << 20, 256 << 20),
-        ring_bytes: int = 16 << 20,
+        ring_bytes: int = RING_BYTES,
         spool_bytes: int = 256 << 20,
         copy_mb_per_s: float = 0,
         disk_dir: Path | None = None,

@@ -30,8 +30,6 @@ from cdp.agent.capture.control import Cause, Control
 from cdp.agent.capture.devices import SYSFS, Device
 from cdp.agent.capture.errors import CaptureMismatch, DeviceMissing, DeviceOutOfLimits
 
-RING_BYTES = 16 << 20
-"""Lost nothing up to 400 MB/s; take 64 MiB for longer bursts."""
 _SPREAD_GRANULES = 1 << 16
 """Granules stamped by one run of the program: a few milliseconds."""
 _PRODUCER_PAGE = mmap.PAGESIZE
@@ -73,7 +71,7 @@ class CaptureSession:
         self._stamps: dict[int, tuple[mmap.mmap, npt.NDArray[np.uint64]]] = {}
 
     @classmethod
-    def attach(cls, devices: Sequence[Device], pin_dir: Path, ring_bytes: int = RING_BYTES) -> CaptureSession:
+    def attach(cls, devices: Sequence[Device], pin_dir: Path, ring_bytes: int = layout.RING_BYTES) -> CaptureSession:
         """Create the capture, or re-open the pinned one; ``devices[i]`` is disk ``i`` of every record.
 
         A pinned capture may have fewer disks (the others are added at the end of the list, ``reopened`` stays True),

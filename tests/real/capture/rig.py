@@ -19,7 +19,7 @@ from cdp.agent.capture import devices, layout
 from cdp.agent.capture.devices import Device
 from cdp.agent.capture.errors import SpoolMissing
 from cdp.agent.capture.record import Records
-from cdp.agent.capture.session import RING_BYTES, CaptureSession
+from cdp.agent.capture.session import CaptureSession
 from cdp.agent.capture.spool import Mark, RawSpool
 from journal.extent import Kind
 from tests.harness.loop import LoopDisk, drop_caches, scratch_dir
@@ -48,7 +48,7 @@ class Rig:
         self.devices.append(devices.inspect(disk.device))
         return disk.device
 
-    def attach(self, ring_bytes: int = RING_BYTES, only: Sequence[Device] | None = None) -> CaptureSession:
+    def attach(self, ring_bytes: int = layout.RING_BYTES, only: Sequence[Device] | None = None) -> CaptureSession:
         self.session = CaptureSession.attach(only or self.devices, self.pin_dir, ring_bytes)
         return self.session
 
