@@ -29,8 +29,8 @@ class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class CaptureConfig(_Section):
     ring_bytes: int = RING_BYTES
-    """Kernel memory between the block layer and the drainer. Of 16 MiB, a checkpoint's burst at the speed of memory
-    overflowed some events in minutes of pgbench."""
+    """Kernel memory between the block layer and the drainer, in which it is resident. 16 MiB lost some events in
+    minutes of pgbench, to a checkpoint's burst at the speed of memory; 64 MiB for machines with long bursts."""
     raw_spool_bytes: int | None = None
     """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory and
     takes memory only while a burst lasts. Default: 512 MiB, but at most a sixteenth of the memory."""
@@ -192,7 +192,7 @@ disks = [{listed}]
 # segment_s = 1.0                # the distance of recovery points
 
 [capture]
-# ring_bytes = 67108864          # kernel memory; 16777216 if it is scarce and bursts are short
+# ring_bytes = 33554432          # kernel memory; 67108864 for machines with long bursts
 # raw_spool_bytes = 536870912    # taken only in a burst; default: at most a sixteenth of the memory
 # pin_dir = "/sys/fs/bpf/cdp"
 

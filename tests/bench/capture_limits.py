@@ -19,7 +19,7 @@ RANDOM_IOPS: Sequence[float | None] = (10_000, 25_000, 50_000, 100_000, None)
 
 
 def measure() -> dict[str, float]:
-    with Plant(sizes=(DISK_BYTES,)) as plant:
+    with Plant(sizes=(DISK_BYTES,), ring_bytes=64 << 20) as plant:
         plant.start_all()
         plant.wait_recovery_point(120)
         only_when_idle(plant.server.pid, plant.replay.pid)

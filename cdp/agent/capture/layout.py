@@ -40,7 +40,7 @@ GRANULE_BYTES_MIN = 64 << 10
 GRANULES_MAX = 1 << 20
 """8 MiB of stamps for a disk: 64 KiB granules up to 64 GiB, 1 MiB at 1 TiB."""
 
-RING_BYTES = 64 << 20
+RING_BYTES = 32 << 20
 RING_BYTES_MIN = 1 << 18
 RING_BYTES_MAX = 1 << 28
 """The kernel's own memory, pinned: beyond 256 MiB the protected machine would notice."""

@@ -149,7 +149,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    with Plant(sizes=(DISK_BYTES, DISK_BYTES)) as plant:
+    with Plant(sizes=(DISK_BYTES, DISK_BYTES), ring_bytes=64 << 20) as plant:
         site = Site(plant)
         try:
             site.start()

@@ -18,6 +18,8 @@ GENTLE_OPS_PER_S = 20
 """An agent that is killed before it has started properly seals nothing: until it lives for a few seconds, the raw spool
 has to hold what is written."""
 KILLS_EACH = 50
+RING_BYTES = 64 << 20
+"""What the load writes while the drainer starts again on a busy machine."""
 PAUSE_S = (0.05, 1.5)
 CHECKED_POINTS = 12
 
@@ -27,7 +29,7 @@ CHECKED_POINTS = 12
 def test_everything_killed_under_load_resumes_and_loses_nothing() -> None:
     seed = new_seed()
     rng = random.Random(seed)
-    with Plant(sizes=SIZES) as plant:
+    with Plant(sizes=SIZES, ring_bytes=RING_BYTES) as plant:
         churn = plant.churn("load", seed, OPS_PER_S, "mixed")
         plant.start_all()
         plant.wait_recovery_point()
@@ -61,7 +63,7 @@ def test_everything_killed_under_load_resumes_and_loses_nothing() -> None:
 def test_killing_the_agent_alone_loses_no_second() -> None:
     seed = new_seed()
     rng = random.Random(seed)
-    with Plant(sizes=SIZES) as plant:
+    with Plant(sizes=SIZES, ring_bytes=RING_BYTES) as plant:
         churn = plant.churn("load", seed, GENTLE_OPS_PER_S, "mixed")
         plant.start_all()
         first = plant.wait_recovery_point()
