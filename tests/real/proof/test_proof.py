@@ -94,7 +94,9 @@ def test_an_older_copy_of_the_server_is_noticed_and_nothing_diverges() -> None:
 
 
 def repair(plant: Plant) -> None:
-    """A byte of the store flips; the source sends what is lost again."""
+    """A byte of the store flips, of something that is not overwritten later; the source sends what is lost again."""
+    overwrite(plant.disks[1].device, 16 << 20)
+    plant.wait_applied(plant.settle())
     assert verify(plant).success
     damage_the_largest(plant.work_dir / "server" / "store" / "segments")
     found = verify(plant, repair=True)
@@ -140,6 +142,13 @@ def scribble(device: Path, offset: int) -> None:
         before = disk.read(512)
         disk.seek(offset)
         disk.write(bytes(byte ^ 0xFF for byte in before))
+        os.fsync(disk.fileno())
+
+
+def overwrite(device: Path, length: int) -> None:
+    """With noise, from the beginning on: more in a second than any load here writes."""
+    with device.open("r+b", buffering=0) as disk:
+        disk.write(os.urandom(length))
         os.fsync(disk.fileno())
 
 
