@@ -29,8 +29,8 @@ class _Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class CaptureConfig(_Section):
     ring_bytes: int = RING_BYTES
-    """Kernel memory between the block layer and the drainer, in which it is resident. 16 MiB lost some events in
-    minutes of pgbench, to a checkpoint's burst at the speed of memory; 64 MiB for machines with long bursts."""
+    """Kernel memory between the block layer and the drainer, which maps all of it. 16 MiB lost some events in minutes
+    of pgbench, to a checkpoint's burst at the speed of memory; 64 MiB for machines with long bursts."""
     raw_spool_bytes: int | None = None
     """Between drainer and pipeline: what a burst may be ahead of compression. Lies in the runtime directory and
     takes memory only while a burst lasts. Default: 512 MiB, but at most a sixteenth of the memory."""

@@ -171,8 +171,7 @@ def _rows(store: Store, machine: uuid.UUID, at: Position, part: Range) -> list[t
     disk, offset, length = part
     rows = []
     for pieces in versions.pieces(spans, disk, offset, length):
-        columns = (pieces.offsets, pieces.lengths, pieces.kinds, pieces.generations, pieces.seqs)
-        for start, size, kind, generation, seq in zip(*(column.tolist() for column in columns), strict=True):
+        for start, size, kind, generation, seq, _ in pieces.rows():
             rows.append(((disk, start, size), kind, generation, seq))
     return rows
 

@@ -193,17 +193,8 @@ class ImageReader:
 
     def _fill(self, out: memoryview, out_start: int, disk: int, pieces: Pieces) -> None:
         """Write all of ``pieces``, segment by segment, so that each frame is decompressed once."""
-        rows = zip(
-            pieces.offsets.tolist(),
-            pieces.lengths.tolist(),
-            pieces.kinds.tolist(),
-            pieces.generations.tolist(),
-            pieces.seqs.tolist(),
-            pieces.payload_offsets.tolist(),
-            strict=True,
-        )
         wanted: dict[tuple[int, int], list[tuple[int, int, memoryview]]] = {}
-        for offset, length, kind, generation, seq, payload_offset in rows:
+        for offset, length, kind, generation, seq, payload_offset in pieces.rows():
             target = out[offset - out_start : offset - out_start + length]
             if kind == Kind.DATA:
                 wanted.setdefault((generation, seq), []).append((offset, payload_offset, target))

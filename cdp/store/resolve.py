@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,8 @@ BASE: Final = 0
 _SMALL_SECTORS: Final = 128
 """Longer extents are painted one by one, shorter ones all at once."""
 _SPAN_BITS: Final = 48
+Row = tuple[int, int, int, int, int, int]
+"""One of ``Pieces``: offset, length, kind, generation, seq, payload offset."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +36,10 @@ class Pieces:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def rows(self) -> Iterator[Row]:
+        columns = (self.offsets, self.lengths, self.kinds, self.generations, self.seqs, self.payload_offsets)
+        return zip(*(column.tolist() for column in columns), strict=True)
 
 
 def resolve(start: int, stop: int, found: Sequence[tuple[int, Found]], spans: Sequence[Span]) -> Pieces:

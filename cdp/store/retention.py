@@ -33,7 +33,7 @@ from cdp.store.horizon import NOTHING, Held, Retained, Step, held_back, holds_of
 from cdp.store.imaging import Imaging
 from cdp.store.index import Reader, disk_error
 from cdp.store.records import Base, Bookmark, Cursor, Entry, Span, generation_key, segment_key, time_key
-from cdp.store.resolve import BASE, Pieces
+from cdp.store.resolve import BASE, Pieces, Row
 from cdp.store.stamp import read_stamp, write_stamp
 from cdp.store.state import MachineState
 from journal.extent import Kind
@@ -45,8 +45,6 @@ _REMOVE_BATCH: Final = 256
 Pause = Callable[[float], bool]
 """Called between two batches of a fold with the seconds that the last one took. It may wait, so that others get the
 disk; True: end here, the next call goes on."""
-_Row = tuple[int, int, int, int, int, int]
-"""Offset, length, kind, generation, seq, payload offset."""
 
 
 class _Paused(Exception):
@@ -246,15 +244,7 @@ class Retention(Imaging):
             rows = (
                 row
                 for pieces in versions.pieces(spans, disk.index, 0, disk.size_bytes)
-                for row in zip(
-                    pieces.offsets.tolist(),
-                    pieces.lengths.tolist(),
-                    pieces.kinds.tolist(),
-                    pieces.generations.tolist(),
-                    pieces.seqs.tolist(),
-                    pieces.payload_offsets.tolist(),
-                    strict=True,
-                )
+                for row in pieces.rows()
                 if row[2] != BASE
             )
             for batch in batches(rows):
@@ -265,7 +255,7 @@ class Retention(Imaging):
                 if pause(time.monotonic() - began):
                     raise _Paused
 
-    def _fold_batch(self, image: BaseImage, machine: uuid.UUID, disk: int, batch: list[_Row]) -> None:
+    def _fold_batch(self, image: BaseImage, machine: uuid.UUID, disk: int, batch: list[Row]) -> None:
         contents = [memoryview(bytearray(row[1])) if row[2] == Kind.DATA else None for row in batch]
         wanted: dict[tuple[int, int], list[tuple[int, memoryview]]] = {}
         for (*_, generation, seq, payload_offset), content in zip(batch, contents, strict=True):
@@ -319,10 +309,10 @@ class Retention(Imaging):
         return len(gone)
 
 
-def batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+def batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Cut ascending rows into batches that touch at most ``BATCH_CHUNKS`` chunks each, whole chunks only. What lies
     between does not count: each batch costs two syncs, and writes all over a large disk are the usual case."""
-    batch: list[_Row] = []
+    batch: list[Row] = []
     last, left = -1, BATCH_CHUNKS
     for offset, length, *rest in rows:
         done = 0

@@ -1,7 +1,7 @@
 """Many seeded schedules of the whole pipeline, from the sealed segment to the flushed block.
 
-CDP_SIM_SEED=n pytest tests/sim        plays one schedule, as a failure names it
-CDP_SIM_SCHEDULES=n pytest tests/sim   plays that many
+CDP_SIM_SEED=n pytest tests/sim/test_schedules.py::test_schedules   plays one schedule, as a failure names it
+CDP_SIM_SCHEDULES=n pytest tests/sim                                plays that many
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ def _reach(world: World) -> tuple[int, ...]:
     )
 
 
-@pytest.mark.skipif(SEED is not None, reason="one schedule was asked for")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_simulation_finds(name: str) -> None:
     for seed in range(MUTANT_SEEDS_MAX):
@@ -54,7 +53,6 @@ def test_the_simulation_finds(name: str) -> None:
     pytest.fail(f"not found within {MUTANT_SEEDS_MAX} schedules: {name}")
 
 
-@pytest.mark.skipif(SEED is not None, reason="one schedule was asked for")
 def test_a_seed_decides_everything() -> None:
     for seed in (3, 4, 5):
         first, again = play(seed), play(seed)

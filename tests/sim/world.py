@@ -246,7 +246,9 @@ def play(seed: int, parts: Parts | None = None) -> World:
     try:
         run(schedule())
     except BaseException as error:
-        error.add_note(f"seed {seed}; play it again with: CDP_SIM_SEED={seed} pytest tests/sim")
+        error.add_note(
+            f"seed {seed}; play it again with: CDP_SIM_SEED={seed} pytest tests/sim/test_schedules.py::test_schedules"
+        )
         if world is not None:
             error.add_note("\n".join(world.trace[-40:]))
         raise

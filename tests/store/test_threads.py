@@ -11,10 +11,28 @@ from cdp.store import ImageReader, Store, verify
 from cdp.store.base import BaseImage
 from cdp.store.errors import UnknownPosition
 from cdp.store.files import OsFiles
+from journal.extent import Kind
 from journal.position import Position
 from tests.store.source import Source, make
 
 SECONDS = 250
+
+
+def test_large_segments_of_several_machines_at_once(tmp_path: Path) -> None:
+    """The first of them has a thread that writes for it, the others write by themselves."""
+    with Store.open(tmp_path / "store", file_bytes=16 << 20) as store:
+        sources = [make(store, 4 << 20, name=f"db{n}", seed=n) for n in range(4)]
+
+        def write(source: Source) -> None:
+            for second in range(4):
+                source.put(store, [(0, second << 16, 3 << 20, Kind.DATA)])
+
+        with ThreadPoolExecutor(len(sources)) as pool:
+            list(pool.map(write, sources))
+        for source in sources:
+            for position in source.sealed:
+                source.check(store, position)
+            assert verify(store, source.machine).clean
 
 
 def test_writers_readers_and_retention_at_once(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.harness.loop import drop_caches
 from tests.harness.observed import NAME
 from tests.harness.plant import Plant, new_seed
 from tests.harness.wait import wait_until
+from tests.real.capture.rig import write_direct
 from tests.store.test_damage import flip
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -95,7 +96,7 @@ def test_an_older_copy_of_the_server_is_noticed_and_nothing_diverges() -> None:
 
 def repair(plant: Plant) -> None:
     """A byte of the store flips, of something that is not overwritten later; the source sends what is lost again."""
-    overwrite(plant.disks[1].device, 16 << 20)
+    write_direct(plant.disks[1].device, 0, os.urandom(16 << 20))  # more in a second than the load has written
     plant.wait_applied(plant.settle())
     assert verify(plant).success
     damage_the_largest(plant.work_dir / "server" / "store" / "segments")
@@ -142,13 +143,6 @@ def scribble(device: Path, offset: int) -> None:
         before = disk.read(512)
         disk.seek(offset)
         disk.write(bytes(byte ^ 0xFF for byte in before))
-        os.fsync(disk.fileno())
-
-
-def overwrite(device: Path, length: int) -> None:
-    """With noise, from the beginning on: more in a second than any load here writes."""
-    with device.open("r+b", buffering=0) as disk:
-        disk.write(os.urandom(length))
         os.fsync(disk.fileno())
 
 
